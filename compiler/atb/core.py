@@ -1,0 +1,333 @@
+"""What one entry of the ATB table says, and the order in which libatb asks it.
+
+An `AtbOp` describes one operation in C++ field names; the Python (torch_atb) names are derived. All rules are plain
+functions over `Param` and `Desc`, with no torch, so the compiler can run them on sample sizes and hostatb on real tensors.
+
+    op = OPS["Linear"]
+    param = op.param({"hasBias": False})                      # defaults filled in, unknown fields refused
+    op.create(param, chip="Ascend910B")                       # stage create: raises AtbError
+    outs = op.infer(param, [x, weight], chip="Ascend910B")    # stage infer:  output descs
+    op.setup(param, [x, weight], outs, chip="Ascend910B")     # stage setup
+
+Source of the order of checks: reference of ATB 8.5.0, sections 0 and 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+CHIPS = (
+    "Ascend910B",
+    "Ascend310P",
+    "host",
+)  # `host`: rules of 910B, and float32 wherever a 16-bit float is allowed
+
+# Limits of the graph layer (atb-operations.md 1.2, data/atb-layers/segments.json).
+MAX_DIM = 8
+MAX_TENSOR_BYTES = 256 * 2**30
+GRAPH_LIMITS = {"inputs": 256, "outputs": 256, "internals": 256, "nodes": 256}
+MAX_NODES_AT_CREATE = 1024
+TILING_BUFFER_BYTES = 3 * 2**20
+
+DTYPE_BYTES = {
+    "float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "uint8": 1, "bool": 1, "int16": 2, "uint16": 2,
+    "int32": 4, "uint32": 4, "int64": 8, "uint64": 8, "float64": 8, "complex64": 8,
+}  # fmt: skip
+FLOATS16 = ("float16", "bfloat16")
+
+# Error codes of libatb (include/atb/types.h).
+ERROR_CODES = (
+    "NO_ERROR", "ERROR_INVALID_PARAM", "ERROR_INVALID_GRAPH", "ERROR_INTERNAL_ERROR", "ERROR_RT_FAIL",
+    "ERROR_INVALID_IN_TENSOR_NUM", "ERROR_INVALID_TENSOR_DTYPE", "ERROR_INVALID_TENSOR_FORMAT",
+    "ERROR_INVALID_TENSOR_DIM", "ERROR_INVALID_TENSOR_SIZE", "ERROR_OPERATION_NULL_RUNNER",
+    "ERROR_GRAPH_INFERSHAPE_FUNC_FAIL", "ERROR_CANN_ERROR", "ERROR_INVALID_TENSOR_INI_MATCH",
+    "ERROR_INVALID_TENSOR_ADDR", "ERROR_INVALID_TENSOR_NUM", "ERROR_INVALID_TENSOR_DIM_NUM",
+    "ERROR_INVALID_SINGLE_OPERATION_PARAM", "ERROR_GRAPH_NODE_RESHAPE_FUNC_FAIL", "ERROR_INVALID_GRAPH_NODE_CHUNK",
+    "ERROR_INVALID_CONTEXT_ADDR", "ERROR_INVALID_STREAM", "ERROR_INVALID_WORKSPACE_SIZE",
+    "ERROR_INVALID_WORKSPACE_ADDR", "ERROR_INVALID_OPERATION_ADDR", "ERROR_HCCL_FAIL", "ERROR_OUT_OF_DEVICE_MEMORY",
+    "ERROR_OUT_OF_HOST_MEMORY", "ERROR_COMM_EMPTY",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Desc:
+    """What ATB knows of a tensor: dtype ("float16"), format ("nd" or "nz"), shape. An empty shape () is an empty tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    format: str = "nd"
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.format} [{', '.join(map(str, self.shape))}]"
+
+    @property
+    def elements(self) -> int:
+        count = 1
+        for dim in self.shape:
+            count *= dim
+        return count if self.shape else 0
+
+    def with_shape(self, shape: Sequence[int]) -> Desc:
+        return Desc(dtype=self.dtype, shape=tuple(shape), format=self.format)
+
+
+class AtbError(Exception):
+    """What libatb would refuse, with its code and stage ("create", "infer", "setup", "execute")."""
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        found: str = "",
+        expected: str = "",
+        stage: str = "",
+        tensor: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.code, self.message, self.found, self.expected = code, message, found, expected
+        self.stage, self.tensor, self.operation, self.graph, self.place = stage, tensor, "", "", ""
+
+    def __str__(self) -> str:
+        where = " ".join(part for part in (self.graph, self.operation) if part)
+        text = f"{where + ': ' if where else ''}{self.code} at {self.stage or 'check'}: {self.message}"
+        for label in ("tensor", "found", "expected", "place"):
+            if value := getattr(self, label):
+                text += f"\n  {label}: {value}"
+        return text
+
+
+def require(condition: bool, code: str, message: str, **more: str) -> None:
+    """Raise AtbError(code, message) unless the condition holds; `more`: found=, expected=, tensor=."""
+    if not condition:
+        raise AtbError(code, message, **more)
+
+
+def require_param(condition: bool, message: str, **more: str) -> None:
+    require(condition, "ERROR_INVALID_PARAM", message, **more)
+
+
+class Param:
+    """Parameter values of one operation: C++ field names as attributes, enums as ints, nested structs as Param."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.__dict__.update(values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Param) and self.__dict__ == other.__dict__
+
+    def __repr__(self) -> str:
+        return f"Param({', '.join(f'{k}={v!r}' for k, v in self.__dict__.items())})"
+
+    def __getattr__(self, name: str) -> Any:  # for type checkers; real fields live in __dict__
+        raise AttributeError(f"this operation has no parameter {name!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """One field of a param struct. `kind`: "int", "uint", "float", "bool", "str", "ints" (list of integers), "floats",
+    "dtype" (AclDataType as int), "pointer", the name of an enum in ENUMS, or "struct" (then `fields` says what is inside).
+    `python` is torch_atb's name where it is not the snake_case of `name`; `python_default` where the binding's default
+    differs from C++; `bound=False`: the field exists in C++ only."""
+
+    name: str
+    kind: str
+    default: Any = None
+    fields: tuple[Field, ...] = ()
+    struct: str = ""  # torch_atb class name of a nested struct, e.g. "NormParam"
+    python: str = ""
+    python_default: Any = None
+    bound: bool = True
+
+    @property
+    def python_name(self) -> str:
+        return self.python or snake_case(self.name)
+
+
+def snake_case(name: str) -> str:
+    """'kvHeadNum' -> 'kv_head_num', 'transposeA' -> 'transpose_a', 'commDomain' -> 'comm_domain'."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+# Enum name -> {member: value}. Names are torch_atb's; "Param.Enum" marks an enum nested in a param class.
+ENUMS: dict[str, dict[str, int]] = {
+    "AclDataType": {
+        "ACL_DT_UNDEFINED": -1, "ACL_FLOAT": 0, "ACL_FLOAT16": 1, "ACL_INT8": 2, "ACL_INT32": 3, "ACL_UINT8": 4,
+        "ACL_INT16": 6, "ACL_UINT16": 7, "ACL_UINT32": 8, "ACL_INT64": 9, "ACL_UINT64": 10, "ACL_DOUBLE": 11,
+        "ACL_BOOL": 12, "ACL_STRING": 13, "ACL_COMPLEX64": 16, "ACL_COMPLEX128": 17, "ACL_BF16": 27,
+        "ACL_INT4": 29, "ACL_UINT1": 30, "ACL_COMPLEX32": 33,
+    },
+    "AclFormat": {
+        "ACL_FORMAT_UNDEFINED": -1, "ACL_FORMAT_NCHW": 0, "ACL_FORMAT_NHWC": 1, "ACL_FORMAT_ND": 2,
+        "ACL_FORMAT_NC1HWC0": 3, "ACL_FORMAT_FRACTAL_Z": 4, "ACL_FORMAT_NC1HWC0_C04": 12, "ACL_FORMAT_HWCN": 16,
+        "ACL_FORMAT_NDHWC": 27, "ACL_FORMAT_FRACTAL_NZ": 29, "ACL_FORMAT_NCDHW": 30, "ACL_FORMAT_NDC1HWC0": 32,
+        "ACL_FRACTAL_Z_3D": 33,
+    },
+    "QuantType": {  # shared by norms and attention (infer_op_params.h)
+        "QUANT_UNDEFINED": 0, "QUANT_INT4": 1, "QUANT_INT8": 2, "QUANT_INT16": 3, "QUANT_FLOAT8": 4, "QUANT_FLOAT16": 5,
+    },
+    "DynamicQuantType": {
+        "DYNAMIC_QUANT_UNDEFINED": 0, "DYNAMIC_QUANT_SYMMETRIC": 1, "DYNAMIC_QUANT_ASYMMETRIC": 2,
+    },
+    "CommMode": {"COMM_UNDEFINED": -1, "COMM_MULTI_PROCESS": 0, "COMM_MULTI_THREAD": 1},
+}  # fmt: skip
+
+ACL_DTYPE = {
+    -1: "undefined", 0: "float32", 1: "float16", 2: "int8", 3: "int32", 4: "uint8", 6: "int16", 7: "uint16",
+    8: "uint32", 9: "int64", 10: "uint64", 11: "float64", 12: "bool", 27: "bfloat16",
+}  # fmt: skip
+
+Row = tuple[str, ...]  # one legal combination, a word a tensor: "float16", or "int8:nz" for another format than nd
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtbOp:
+    """One operation of ATB. The rule functions take (param, chip) and raise AtbError; see the module's docstring.
+
+    arity    -> (number of inputs, number of outputs)
+    rows     -> legal (dtype[:format]) combinations, inputs then outputs, for this chip and parameter choice.
+                None: the table of the library has no section for it and nothing is checked.
+    shape    -> output descs from input descs; raises for shapes that InferShape refuses
+    check    parameter rules at creation
+    late     rules that only Setup applies (optional)
+    host     indices of inputs whose host copy the library reads (must be CPU tensors with torch_atb)
+    empty    indices of inputs that may be empty tensors
+    in_place {output index: input index} that the library demands, e.g. caches
+    """
+
+    name: str  # "Linear"
+    fields: tuple[Field, ...]
+    arity: Callable[[Param], tuple[int, int]]
+    rows: Callable[[Param, str], Sequence[Row] | None]
+    shape: Callable[[Param, Sequence[Desc], str], Sequence[Desc]]
+    check: Callable[[Param, str], None] = lambda param, chip: None
+    late: Callable[[Param, Sequence[Desc], Sequence[Desc], str], None] = lambda param, ins, outs, chip: None
+    host: Callable[[Param, str], frozenset[int]] = lambda param, chip: frozenset()
+    empty: Callable[[Param], frozenset[int]] = lambda param: frozenset()
+    in_place: Callable[[Param], Mapping[int, int]] = lambda param: {}
+    enums: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # nested in the param class, own names
+    chips: tuple[str, ...] = CHIPS  # chips on which the operation exists at all
+    bound: bool = True  # torch_atb has a Param class for it
+    source: str = ""  # where the facts come from
+
+    @property
+    def param_class(self) -> str:
+        """torch_atb's class, e.g. "LinearParam"."""
+        return f"{self.name}Param"
+
+    @property
+    def cpp_name(self) -> str:
+        """The library's operation name, e.g. "LinearOperation"."""
+        return f"{self.name}Operation"
+
+    def param(self, values: Mapping[str, Any] | None = None) -> Param:
+        """Fill in the C++ defaults. Unknown fields raise AtbError(ERROR_INVALID_PARAM)."""
+        return _fill(self.fields, values or {}, self.name)
+
+    def create(self, param: Param, chip: str) -> None:
+        """Stage create."""
+        with _stage("create", self.name):
+            self.check(param, chip)
+
+    def infer(self, param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
+        """Stage infer shape: input count, tensor limits, dtype/format rows of the inputs, shape rule."""
+        with _stage("infer", self.name):
+            check_count(self.arity(param)[0], ins)
+            check_tensors(ins, self.empty(param))
+            check_rows(self.rows(param, chip), ins, self.empty(param), chip)
+            return list(self.shape(param, ins, chip))
+
+    def setup(self, param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> None:
+        """Stage setup: rows of inputs and outputs together, output descs as inferred, late rules."""
+        with _stage("setup", self.name):
+            n_in, n_out = self.arity(param)
+            check_count(n_in, ins)
+            require(len(outs) == n_out, "ERROR_INVALID_TENSOR_NUM", "number of outputs",
+                    found=str(len(outs)), expected=str(n_out))  # fmt: skip
+            check_rows(self.rows(param, chip), [*ins, *outs], self.empty(param), chip)
+            self.late(param, ins, outs, chip)
+
+
+class _stage:
+    """Puts the stage and the operation's name on an AtbError that passes through."""
+
+    def __init__(self, stage: str, operation: str) -> None:
+        self.stage, self.operation = stage, operation
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, AtbError):
+            error.stage = error.stage or self.stage
+            error.operation = error.operation or self.operation
+
+
+def _fill(fields: Sequence[Field], values: Mapping[str, Any], owner: str) -> Param:
+    known = {f.name for f in fields}
+    unknown = sorted(set(values) - known)
+    require_param(
+        not unknown,
+        f"{owner} has no parameter {', '.join(unknown)}",
+        expected=", ".join(sorted(known)),
+    )
+    filled: dict[str, Any] = {}
+    for f in fields:
+        if f.kind == "struct":
+            filled[f.name] = _fill(f.fields, values.get(f.name, {}), f"{owner}.{f.name}")
+        else:
+            default = list(f.default) if isinstance(f.default, (list, tuple)) else f.default
+            filled[f.name] = values.get(f.name, default)
+    return Param(filled)
+
+
+def check_count(expected: int, ins: Sequence[Desc]) -> None:
+    require(len(ins) == expected, "ERROR_INVALID_IN_TENSOR_NUM", "number of inputs",
+            found=str(len(ins)), expected=str(expected))  # fmt: skip
+
+
+def check_tensors(ins: Sequence[Desc], empty: frozenset[int]) -> None:
+    """1 to 8 dims, non-zero and at most 256 GiB, unless the slot may be empty (reference section 0)."""
+    for index, desc in enumerate(ins):
+        if index in empty and desc.elements == 0:
+            continue
+        name = f"input {index}"
+        require(1 <= len(desc.shape) <= MAX_DIM, "ERROR_INVALID_TENSOR_DIM_NUM", "number of dimensions",
+                found=str(len(desc.shape)), expected=f"1 to {MAX_DIM}", tensor=name)  # fmt: skip
+        require(all(dim > 0 for dim in desc.shape), "ERROR_INVALID_TENSOR_DIM", "a dimension is not positive",
+                found=str(desc), tensor=name)  # fmt: skip
+        size = desc.elements * DTYPE_BYTES.get(desc.dtype, 1)
+        require(size <= MAX_TENSOR_BYTES, "ERROR_INVALID_TENSOR_SIZE", "tensor is too large",
+                found=f"{size} bytes", expected="at most 256 GiB", tensor=name)  # fmt: skip
+
+
+def check_rows(rows: Sequence[Row] | None, descs: Sequence[Desc], empty: frozenset[int], chip: str) -> None:
+    """The (dtype, format) tuple must equal one row in its first len(descs) columns; empty tensors are skipped.
+
+    bf16 off 910B is ERROR_INVALID_TENSOR_DTYPE whatever the rows say (reference section 0)."""
+    if chip == "Ascend310P":
+        for index, desc in enumerate(descs):
+            require(desc.dtype != "bfloat16", "ERROR_INVALID_TENSOR_DTYPE", f"{chip} has no bfloat16",
+                    found=str(desc), tensor=f"tensor {index}")  # fmt: skip
+    if rows is None:
+        return
+    words = [
+        None if (i in empty and d.elements == 0) else (d.dtype if d.format == "nd" else f"{d.dtype}:{d.format}")
+        for i, d in enumerate(descs)
+    ]
+    candidates = [*rows, *(as_float32(row) for row in rows)] if chip == "host" else rows
+    if any(all(w is None or w == c for w, c in zip(words, row, strict=False)) for row in candidates):
+        return
+    raise AtbError(
+        "ERROR_INVALID_TENSOR_INI_MATCH", "no row of the dtype/format table fits these tensors",
+        found=", ".join("(empty)" if w is None else w for w in words),
+        expected=" | ".join(", ".join(row[: len(words)]) for row in dict.fromkeys(rows)),
+    )  # fmt: skip
+
+
+def as_float32(row: Row) -> Row:
+    """The row of chip `host` that a 16-bit float row gives: every 16-bit float becomes float32."""
+    return tuple(re.sub("bfloat16|float16", "float32", word) for word in row)

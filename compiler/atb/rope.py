@@ -1,0 +1,7 @@
+"""Rope (atb-operations.md 3.7)."""
+
+from __future__ import annotations
+
+from llmc.compiler.atb.core import AtbOp
+
+OPS: tuple[AtbOp, ...] = ()

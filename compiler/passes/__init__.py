@@ -1,0 +1,1 @@
+"""One pass a file, named for what it does; the list with reasons is `compiler/pipeline.py`."""

@@ -1,0 +1,1 @@
+"""The runtime: loads weights and an artifact, executes the generated code, schedules and samples. Start at `engine.py`."""

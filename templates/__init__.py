@@ -1,0 +1,1 @@
+"""Jinja templates, one folder a target. They hold loops and prepared words only."""
