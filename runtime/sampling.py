@@ -1,0 +1,170 @@
+"""From logits to tokens: penalties, temperature, top-k, top-p, the draw.
+
+Enters logits [B, V] and, per row, the parameters, the tokens so far and a random generator; leaves B token ids.
+A row's token depends on that row alone, so it is the same in every batch.
+
+    params = SamplingParams(max_tokens=64, temperature=0.7, top_k=50, top_p=0.9, seed=1)
+    tokens = Sampler().sample(logits, sequences)        # a Sequence is a SamplingState
+
+Order: repetition -> frequency -> presence -> temperature -> top-k -> top-p -> draw, as the server this project replaces.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from llmc.compiler.diagnostics import UserError
+
+GREEDY_TOP_K = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How one request is sampled. The defaults are the original scripts': top_k 1, that is, greedy.
+
+    top_k: 1 greedy, 0 or -1 off. top_p: 0 and 1 off. temperature: 0 greedy. seed None: a fresh one for each request.
+    """
+
+    max_tokens: int = 20
+    temperature: float = 1.0
+    top_k: int = GREEDY_TOP_K
+    top_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        problems = [
+            f"{name} must be {want}; found {getattr(self, name)!r}"
+            for name, want, ok in RANGES
+            if not self._in(name, ok)
+        ]
+        if len(self.stop) > 1024 or any(not isinstance(s, str) or not 0 < len(s) <= 1024 for s in self.stop):
+            problems.append("stop must be at most 1024 strings of 1 to 1024 characters")
+        if problems:
+            raise UserError("sampling parameters: " + "; ".join(problems))
+
+    def _in(self, name: str, ok: Any) -> bool:
+        value = getattr(self, name)
+        if name == "seed" and value is None:
+            return True
+        kind = (int,) if name in ("max_tokens", "top_k", "seed") else (int, float)
+        return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and ok(value)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0 or self.top_k == GREEDY_TOP_K
+
+    @property
+    def penalised(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+# Union of what the replaced server accepts (MindIE endpoint, infer_param.cpp) and the scripts' neutral defaults (top_p 0).
+RANGES: tuple[tuple[str, str, Any], ...] = (
+    ("max_tokens", "1 to 2147483647", lambda v: 1 <= v < 2**31),
+    ("temperature", "at least 0", lambda v: v >= 0),
+    ("top_k", "-1 or 0 (off), or a positive count", lambda v: v >= -1),
+    ("top_p", "within 0 (off) and 1", lambda v: 0 <= v <= 1),
+    ("repetition_penalty", "above 0", lambda v: v > 0),
+    ("presence_penalty", "within -2 and 2", lambda v: -2 <= v <= 2),
+    ("frequency_penalty", "within -2 and 2", lambda v: -2 <= v <= 2),
+    ("seed", "0 to 9223372036854775807, or absent", lambda v: 0 <= v < 2**63),
+)
+
+
+class SamplingState(Protocol):
+    """What the sampler needs to know about a row; `Sequence` is one."""
+
+    @property
+    def params(self) -> SamplingParams: ...
+    @property
+    def token_ids(self) -> list[int]: ...
+    @property
+    def prompt_len(self) -> int: ...
+    @property
+    def generator(self) -> torch.Generator | None: ...
+
+
+def make_generator(params: SamplingParams) -> torch.Generator | None:
+    """One generator for the life of a request, so that its state advances from token to token. Greedy needs none."""
+    if params.greedy:
+        return None
+    generator = torch.Generator(device="cpu")
+    generator.seed() if params.seed is None else generator.manual_seed(params.seed)
+    return generator
+
+
+class Sampler:
+    """Chooses one token a row. Greedy rows without penalties are the plain argmax on the logits' device."""
+
+    def sample(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> list[int]:
+        best, tokens = logits.max(dim=-1)
+        if bool(best.isnan().any()):  # max gives NaN for a row that holds one
+            row = int(best.isnan().nonzero()[0])
+            raise UserError(
+                f"the logits of row {row} hold NaN",
+                hint="float16 overflow: try --dtype bfloat16 or float32; else damaged weights",
+            )
+        chosen: list[int] = tokens.tolist()
+        for i, state in enumerate(states):
+            if not state.params.greedy or state.params.penalised:
+                chosen[i] = self._sample_row(logits[i].float().cpu(), state)
+        return chosen
+
+    def _sample_row(self, logits: torch.Tensor, state: SamplingState) -> int:
+        params = state.params
+        if params.penalised:
+            logits = penalise(logits, params, state.token_ids, state.prompt_len)
+        if params.greedy:
+            return int(logits.argmax())
+        assert state.generator is not None
+        probabilities, ids = keep(logits, params)
+        return int(ids[draw(probabilities, state.generator)])
+
+
+def penalise(logits: torch.Tensor, params: SamplingParams, token_ids: Sequence[int], prompt_len: int) -> torch.Tensor:
+    """[V] -> [V]. Repetition looks at prompt and output; frequency and presence at the output alone."""
+    logits, vocab = logits.clone(), logits.shape[-1]
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(token_ids, dtype=torch.int64).unique()
+        seen = seen[seen < vocab]  # a prompt may hold ids that the head does not score
+        scores, p = logits[seen], params.repetition_penalty
+        logits[seen] = torch.where(scores < 0, scores * p, scores / p)
+    if params.frequency_penalty or params.presence_penalty:
+        made, counts = torch.tensor(token_ids[prompt_len:], dtype=torch.int64).unique(return_counts=True)
+        logits[made] -= params.frequency_penalty * counts + params.presence_penalty
+    return logits
+
+
+def keep(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+    """Temperature, top-k, top-p: [V] -> probabilities in falling order, which sum to 1, and their token ids; never none."""
+    scores, ids = torch.sort(logits.double() / params.temperature, descending=True, stable=True)
+    if params.top_k > 0:
+        scores, ids = scores[: params.top_k], ids[: params.top_k]
+    probabilities = scores.softmax(dim=-1)
+    if 0 < params.top_p < 1:
+        before = probabilities.cumsum(dim=-1) - probabilities
+        inside = before < params.top_p  # the smallest head whose mass reaches top_p
+        inside[0] = True
+        probabilities, ids = probabilities[inside], ids[inside]
+    return probabilities / probabilities.sum(), ids
+
+
+def draw(probabilities: torch.Tensor, generator: torch.Generator) -> int:
+    """Index by the inverse of the cumulative sum: one uniform number a token, whatever the batch."""
+    uniform = torch.rand((), generator=generator, dtype=torch.float64)
+    index = torch.searchsorted(probabilities.cumsum(dim=-1), uniform, right=True)
+    return min(int(index), len(probabilities) - 1)
