@@ -1,7 +1,7 @@
 """What one entry of the ATB table says, and the order in which libatb asks it.
 
 An `AtbOp` describes one operation in C++ field names; the Python (torch_atb) names are derived. All rules are plain
-functions over `Param` and `Desc`, with no torch, so the compiler can run them on sample sizes and hostatb on real tensors.
+functions over `Param` and `Desc`, with no torch: the compiler runs them on sample sizes and hostatb on real tensors.
 
     op = OPS["Linear"]
     param = op.param({"hasBias": False})                      # defaults filled in, unknown fields refused
@@ -54,7 +54,7 @@ ERROR_CODES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Desc:
-    """What ATB knows of a tensor: dtype ("float16"), format ("nd" or "nz"), shape. An empty shape () is an empty tensor."""
+    """What ATB knows of a tensor: dtype ("float16"), format ("nd" or "nz"), shape; the shape () is an empty tensor."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -90,6 +90,13 @@ class AtbError(Exception):
         super().__init__(message)
         self.code, self.message, self.found, self.expected = code, message, found, expected
         self.stage, self.tensor, self.operation, self.graph, self.place = stage, tensor, "", "", ""
+
+    def at(self, **where: str) -> AtbError:
+        """Fill in stage, tensor, operation, graph or place, unless a level below has said it; returns the error."""
+        for name, value in where.items():
+            if not getattr(self, name):
+                setattr(self, name, value)
+        return self
 
     def __str__(self) -> str:
         where = " ".join(part for part in (self.graph, self.operation) if part)
@@ -129,7 +136,8 @@ class Param:
 @dataclass(frozen=True, kw_only=True)
 class Field:
     """One field of a param struct. `kind`: "int", "uint", "float", "bool", "str", "ints" (list of integers), "floats",
-    "dtype" (AclDataType as int), "pointer", the name of an enum in ENUMS, or "struct" (then `fields` says what is inside).
+    "dtype" (AclDataType as int), "pointer", the name of an enum, or "struct" (`fields` says what is inside). An enum
+    is one of `ENUMS` (torch_atb's top level, or "OtherParam.Enum"), or one of the operation's own `enums`.
     `python` is torch_atb's name where it is not the snake_case of `name`; `python_default` where the binding's default
     differs from C++; `bound=False`: the field exists in C++ only."""
 
@@ -166,12 +174,13 @@ ENUMS: dict[str, dict[str, int]] = {
         "ACL_FORMAT_NDHWC": 27, "ACL_FORMAT_FRACTAL_NZ": 29, "ACL_FORMAT_NCDHW": 30, "ACL_FORMAT_NDC1HWC0": 32,
         "ACL_FRACTAL_Z_3D": 33,
     },
-    "QuantType": {  # shared by norms and attention (infer_op_params.h)
-        "QUANT_UNDEFINED": 0, "QUANT_INT4": 1, "QUANT_INT8": 2, "QUANT_INT16": 3, "QUANT_FLOAT8": 4, "QUANT_FLOAT16": 5,
+    "QuantType": {  # of the norms
+        "QUANT_UNQUANT": 0, "QUANT_INT4": 1, "QUANT_INT8": 2, "QUANT_INT16": 3, "QUANT_FLOAT8": 4, "QUANT_FLOAT16": 5,
     },
     "DynamicQuantType": {
         "DYNAMIC_QUANT_UNDEFINED": 0, "DYNAMIC_QUANT_SYMMETRIC": 1, "DYNAMIC_QUANT_ASYMMETRIC": 2,
     },
+    "InputLayout": {"TYPE_BSND": 0, "TYPE_BNSD": 1},
     "CommMode": {"COMM_UNDEFINED": -1, "COMM_MULTI_PROCESS": 0, "COMM_MULTI_THREAD": 1},
 }  # fmt: skip
 
@@ -195,7 +204,9 @@ class AtbOp:
     late     rules that only Setup applies (optional)
     host     indices of inputs whose host copy the library reads (must be CPU tensors with torch_atb)
     empty    indices of inputs that may be empty tensors
-    in_place {output index: input index} that the library demands, e.g. caches
+    in_place {output index: input index}: the kernel writes only part of that output, so the output must be the input
+             tensor itself (caches of ReshapeAndCache)
+    writes   indices of inputs that the operation writes without naming them as outputs (flash caches, KvCache)
     """
 
     name: str  # "Linear"
@@ -208,6 +219,7 @@ class AtbOp:
     host: Callable[[Param, str], frozenset[int]] = lambda param, chip: frozenset()
     empty: Callable[[Param], frozenset[int]] = lambda param: frozenset()
     in_place: Callable[[Param], Mapping[int, int]] = lambda param: {}
+    writes: Callable[[Param], frozenset[int]] = lambda param: frozenset()
     enums: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # nested in the param class, own names
     chips: tuple[str, ...] = CHIPS  # chips on which the operation exists at all
     bound: bool = True  # torch_atb has a Param class for it
@@ -230,6 +242,7 @@ class AtbOp:
     def create(self, param: Param, chip: str) -> None:
         """Stage create."""
         with _stage("create", self.name):
+            check_reserved(param)
             self.check(param, chip)
 
     def infer(self, param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
@@ -262,19 +275,27 @@ class _stage:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if isinstance(error, AtbError):
-            error.stage = error.stage or self.stage
-            error.operation = error.operation or self.operation
+            error.at(stage=self.stage, operation=self.operation)
+
+
+def check_reserved(param: Param) -> None:
+    """The reserved bytes `rsv` of a struct, nested ones too, must be zero (reference 1.1)."""
+    for name, value in vars(param).items():
+        if isinstance(value, Param):
+            check_reserved(value)
+        elif name == "rsv":
+            require_param(not any(value), "the reserved bytes `rsv` must be zero", found=str(value))
 
 
 def _fill(fields: Sequence[Field], values: Mapping[str, Any], owner: str) -> Param:
-    known = {f.name for f in fields}
+    known = {f.name for f in fields} | {"rsv"}
     unknown = sorted(set(values) - known)
     require_param(
         not unknown,
         f"{owner} has no parameter {', '.join(unknown)}",
         expected=", ".join(sorted(known)),
     )
-    filled: dict[str, Any] = {}
+    filled: dict[str, Any] = {"rsv": values.get("rsv", ())}
     for f in fields:
         if f.kind == "struct":
             filled[f.name] = _fill(f.fields, values.get(f.name, {}), f"{owner}.{f.name}")

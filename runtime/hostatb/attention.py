@@ -1,0 +1,7 @@
+"""Kernels of the attention family; the contract is in `numeric.py`, the facts in `llmc.compiler.atb.attention`."""
+
+from __future__ import annotations
+
+from llmc.runtime.hostatb.numeric import Kernel
+
+KERNELS: dict[str, Kernel] = {}

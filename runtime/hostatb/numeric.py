@@ -1,0 +1,93 @@
+"""What the kernels share: the kernel contract, dtypes and formats of tensors, rounding as the chips round.
+
+A kernel is a plain function, one per operation, listed in its family's `KERNELS` under the operation's name:
+
+    def linear(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]: ...
+
+    KERNELS: dict[str, Kernel] = {"Linear": linear}
+
+- `param`: C++ field names, defaults filled in. `tensors`: the inputs, contiguous, on the CPU or on CUDA. `descs`: their
+  descs as the operation sees them; read the format there (a view of an NZ tensor keeps the format in its desc only).
+- Returns the outputs: new contiguous tensors that share no memory with an input, shapes and dtypes as inferred.
+- Two exceptions. An output in the table's `in_place` (caches of ReshapeAndCache) is written into the input tensor, and
+  that same tensor is returned; the caller hands in the tensor to be written. Inputs in the table's `writes` (flash
+  caches) are written too and are not returned.
+- Host-read inputs (lengths) are CPU tensors; their values are read at every call.
+- All checks of descs have passed. A kernel refuses what only values can show (a slot beyond the cache) with AtbError.
+
+NZ: the blocks of a 4-D or 5-D NZ tensor are stored as its shape spells; an NZ-flagged 2-D or 3-D matmul weight holds
+the plain row-major matrix, because there the layout is the device's own business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from llmc.compiler.atb.core import Desc, Param
+from torch import Tensor
+
+Kernel = Callable[[Param, Sequence[Tensor], Sequence[Desc], str], "list[Tensor]"]
+
+TORCH_DTYPE: dict[str, torch.dtype] = {
+    name: getattr(torch, name)
+    for name in (
+        "float16", "bfloat16", "float32", "float64", "int8", "uint8", "bool", "int16", "uint16", "int32", "uint32",
+        "int64", "uint64", "complex64",
+    )
+}  # fmt: skip
+DTYPE_NAME = {dtype: name for name, dtype in TORCH_DTYPE.items()}
+ACL_TORCH = {
+    0: torch.float32, 1: torch.float16, 2: torch.int8, 3: torch.int32, 4: torch.uint8, 6: torch.int16,
+    9: torch.int64, 12: torch.bool, 27: torch.bfloat16,
+}  # fmt: skip
+FLOAT16_MAX = 65504.0
+
+
+def format_of(tensor: Tensor) -> str:
+    """ "nd", or what `set_format` said."""
+    return getattr(tensor, "_atb_format", "nd")
+
+
+def set_format(tensor: Tensor, format: str) -> Tensor:
+    """Mark a tensor as `format` ("nd" or "nz"), as torch_npu.npu_format_cast does; returns the tensor."""
+    tensor._atb_format = format  # type: ignore[attr-defined]
+    return tensor
+
+
+def desc_of(tensor: Tensor) -> Desc:
+    return Desc(
+        dtype=DTYPE_NAME.get(tensor.dtype, "undefined"),
+        shape=tuple(tensor.shape) if tensor.dim() else (1,),
+        format=format_of(tensor),
+    )
+
+
+def round_to(x: Tensor, dtype: torch.dtype, chip: str) -> Tensor:
+    """One rounding, half to even. 310P saturates float16 at 65504, 910B overflows to inf (reference 3.13)."""
+    if dtype == torch.float16 and chip == "Ascend310P":
+        x = x.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+    return x.to(dtype)
+
+
+def block_width(dtype: torch.dtype | str) -> int:
+    """n0 of the NZ layout: 32 for 8-bit, 16 for 16-bit elements (reference 1.7)."""
+    return 32 if dtype in (torch.int8, "int8") else 16
+
+
+def nd_to_nz(x: Tensor) -> Tensor:
+    """[m, n] or [b, m, n] -> [b, ceil(n/n0), ceil16(m), n0], padded with zeros (reference 1.7)."""
+    x = x if x.dim() == 3 else x.unsqueeze(0)
+    b, m, n = x.shape
+    n0 = block_width(x.dtype)
+    blocks, rows = -(-n // n0), -(-m // 16) * 16
+    padded = x.new_zeros(b, rows, blocks * n0)
+    padded[:, :m, :n] = x
+    return padded.reshape(b, rows, blocks, n0).transpose(1, 2).contiguous()
+
+
+def nz_to_nd(x: Tensor, rows: int | None = None, columns: int | None = None) -> Tensor:
+    """[b, blocks, rows16, n0] -> [b, rows, columns], cropped to the sizes given."""
+    b, blocks, rows16, n0 = x.shape
+    plain = x.transpose(1, 2).reshape(b, rows16, blocks * n0)
+    return plain[:, :rows, :columns].contiguous()

@@ -1,0 +1,274 @@
+"""`Operation`: one ATB operation (or a built graph), run the way torch_atb runs it, with every check of the table.
+
+    op = hostatb.Operation(hostatb.LinearParam(has_bias=False))
+    y, = op.forward([x, weight])          # InferShape -> fresh outputs -> Setup -> Execute
+
+`Core` is what an Operation holds: `Single` here, `Graph` in `graph.py`. A core makes, for each tuple of input descs it
+meets, a `Plan`: the checks are done while the plan is made, so a call with known descs only runs kernels.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol
+
+import torch
+from llmc.compiler.atb.core import CHIPS, AtbError, AtbOp, Desc, Param
+from llmc.runtime.hostatb import (
+    attention,
+    cache,
+    collective,
+    elementwise,
+    linear,
+    moe,
+    norm,
+    rope,
+    sampling,
+    shape,
+)
+from llmc.runtime.hostatb.numeric import TORCH_DTYPE, Kernel, desc_of
+from llmc.runtime.hostatb.params import ParamStruct
+from torch import Tensor
+
+FAMILIES = (linear, norm, rope, elementwise, attention, cache, shape, sampling, moe, collective)
+KERNELS: dict[str, Kernel] = {name: kernel for family in FAMILIES for name, kernel in family.KERNELS.items()}
+
+MAX_PLANS = 256  # shapes for which an operation keeps its plan; the oldest goes first
+
+_chip = "host"
+
+
+def use_chip(chip: str) -> None:
+    """The chip whose rules and rounding operations created from now on follow: one of `CHIPS`."""
+    global _chip
+    _chip = known_chip(chip)
+
+
+def current_chip() -> str:
+    return _chip
+
+
+def known_chip(chip: str) -> str:
+    if chip not in CHIPS:
+        raise AtbError("ERROR_INVALID_PARAM", f"unknown chip {chip!r}", expected=", ".join(CHIPS), stage="create")
+    return chip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What one tuple of input descs leads to: the output descs, and a function from input tensors to output tensors."""
+
+    outs: tuple[Desc, ...]
+    run: Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+class Core(Protocol):
+    """What an Operation or a graph node holds."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def chip(self) -> str: ...
+    @property
+    def input_num(self) -> int: ...
+    @property
+    def output_num(self) -> int: ...
+    @property
+    def input_names(self) -> Sequence[str]: ...
+    @property
+    def host(self) -> frozenset[int]: ...  # inputs read on the host: CPU tensors
+    @property
+    def device(self) -> frozenset[int]: ...  # inputs read on the device
+    @property
+    def empty(self) -> frozenset[int]: ...  # inputs that may be empty
+    @property
+    def in_place(self) -> Mapping[int, int]: ...  # output -> input that must be one tensor: it is written in part only
+    @property
+    def writes(self) -> frozenset[int]: ...  # inputs written, as outputs or silently
+
+    def infer(self, ins: Sequence[Desc]) -> list[Desc]: ...
+
+    def plan(self, ins: Sequence[Desc]) -> Plan: ...
+
+
+class Single:
+    """One operation of the table on one chip, created (stage create passed)."""
+
+    def __init__(self, op: AtbOp, param: Param, chip: str) -> None:
+        op.create(param, chip)
+        self.op, self.param, self.chip, self.name = op, param, chip, op.cpp_name
+        self.input_num, self.output_num = op.arity(param)
+        self.input_names = [f"input {i}" for i in range(self.input_num)]
+        self.host = op.host(param, chip)
+        self.device = frozenset(range(self.input_num)) - self.host
+        self.empty = op.empty(param)
+        self.in_place = MappingProxyType(dict(op.in_place(param)))
+        self.writes = op.writes(param)
+
+    @property
+    def kernel(self) -> Kernel:
+        if self.op.name not in KERNELS:
+            raise AtbError("ERROR_OPERATION_NULL_RUNNER", f"hostatb cannot execute {self.op.name} yet", stage="execute")
+        return KERNELS[self.op.name]
+
+    def infer(self, ins: Sequence[Desc]) -> list[Desc]:
+        return self.op.infer(self.param, ins, self.chip)
+
+    def check(self, ins: Sequence[Desc]) -> list[Desc]:
+        """Stages infer and setup; the output descs."""
+        outs = self.op.infer(self.param, ins, self.chip)
+        self.op.setup(self.param, ins, outs, self.chip)
+        return outs
+
+    def plan(self, ins: Sequence[Desc]) -> Plan:
+        outs = self.check(ins)
+        kernel, param, chip, descs = self.kernel, self.param, self.chip, tuple(ins)
+        buffers = {index: outs[out] for out, index in self.in_place.items()}
+
+        def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+            if (
+                buffers
+            ):  # outputs are always fresh here; slots that the kernel does not write stay undefined, shown as NaN
+                tensors = [
+                    undefined(buffers[i], like=tensor) if i in buffers else tensor for i, tensor in enumerate(tensors)
+                ]
+            return kernel(param, tensors, descs, chip)
+
+        return Plan(outs=tuple(outs), run=run)
+
+
+def undefined(desc: Desc, *, like: Tensor) -> Tensor:
+    """A new tensor with no defined content; NaN where the dtype has it, so that a read of it shows."""
+    dtype = TORCH_DTYPE[desc.dtype]
+    fill = float("nan") if dtype.is_floating_point else 0
+    return torch.full(desc.shape, fill, dtype=dtype, device=like.device)
+
+
+class Operation:
+    """torch_atb.Operation. `chip` is hostatb's own keyword; the default is what `use_chip` said last."""
+
+    def __init__(self, param: Any, *, chip: str | None = None) -> None:
+        if not isinstance(param, ParamStruct):
+            raise TypeError(
+                f"Operation needs a parameter object such as LinearParam(...), found {type(param).__name__}"
+            )
+        op, values = param.cpp()
+        self._core: Core | None = Single(op, values, known_chip(chip or current_chip()))
+        self._plans: dict[tuple[Any, ...], Plan] = {}
+
+    @classmethod
+    def of(cls, core: Core) -> Operation:
+        """An Operation around a core that exists already: a graph, or an operation given in C++ names."""
+        made = cls.__new__(cls)
+        made._core, made._plans = core, {}
+        return made
+
+    @property
+    def core(self) -> Core:
+        if self._core is None:
+            raise AtbError(
+                "ERROR_INVALID_OPERATION_ADDR", "this operation was given to a graph and cannot be used again",
+                expected="a new Operation for each node and each call", stage="create",
+            )  # fmt: skip
+        return self._core
+
+    def take(self) -> Core:
+        """The core, moved out: as in torch_atb the wrapper is empty afterwards."""
+        core, self._core = self.core, None
+        self._plans.clear()
+        return core
+
+    @property
+    def name(self) -> str:
+        return self.core.name
+
+    @property
+    def input_num(self) -> int:
+        return self.core.input_num
+
+    @property
+    def output_num(self) -> int:
+        return self.core.output_num
+
+    @property
+    def chip(self) -> str:
+        return self.core.chip
+
+    def __repr__(self) -> str:
+        return f"op name: {self.name}, input_num: {self.input_num}, output_num: {self.output_num}"
+
+    def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """InferShape, fresh outputs, Setup, Execute. Checks run when a tuple of descs is met for the first time."""
+        key = tuple((t.shape, t.dtype, getattr(t, "_atb_format", "nd"), t.is_cuda, t.is_contiguous()) for t in tensors)
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.pop(next(iter(self._plans)))
+            plan = self._plans[key] = self._checked_plan(tensors)
+        if not all(k[4] for k in key):
+            tensors = [t.contiguous() for t in tensors]
+        started = perf_counter()
+        outputs = plan.run(tensors)
+        Prof.record(self.core.name, perf_counter() - started)
+        return outputs
+
+    def _checked_plan(self, tensors: Sequence[Tensor]) -> Plan:
+        core = self.core
+        check_tensors(core, tensors)
+        return core.plan([desc_of(t) for t in tensors])
+
+
+def check_tensors(core: Core, tensors: Sequence[Any]) -> None:
+    """What torch_atb's conversion of tensors demands: count, host or device, no lost in-place write (reference 2.1)."""
+    if len(tensors) != core.input_num:
+        raise AtbError("ERROR_INVALID_IN_TENSOR_NUM", "number of inputs", found=str(len(tensors)),
+                       expected=f"{core.input_num}: {', '.join(core.input_names)}", stage="infer",
+                       ).at(operation=core.name)  # fmt: skip
+    on_cuda = any(t.is_cuda for i, t in enumerate(tensors) if i in core.device and isinstance(t, Tensor))
+    for index, tensor in enumerate(tensors):
+        name = core.input_names[index]
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{core.name}: {name} must be a torch.Tensor, found {type(tensor).__name__}")
+        if index in core.host and tensor.is_cuda:
+            raise AtbError("ERROR_INVALID_TENSOR_ADDR", "tensor.hostData is null: this input is read on the host",
+                           found=str(tensor.device), expected="a CPU tensor", stage="setup", tensor=name,
+                           ).at(operation=core.name)  # fmt: skip
+        if index in core.device and on_cuda and not tensor.is_cuda and tensor.numel():
+            raise AtbError("ERROR_INVALID_TENSOR_ADDR", "tensor.deviceData is null: this input is read on the device",
+                           found="a CPU tensor", expected="a CUDA tensor like the others", stage="setup", tensor=name,
+                           ).at(operation=core.name)  # fmt: skip
+        if index in core.writes and not tensor.is_contiguous():
+            raise AtbError(
+                "ERROR_INVALID_TENSOR_ADDR",
+                "this input is written in place but is not contiguous: torch_atb would write to a copy and lose it",
+                found=f"strides {list(tensor.stride())} of shape {list(tensor.shape)}",
+                expected="a contiguous tensor", stage="setup", tensor=name,
+            ).at(operation=core.name)  # fmt: skip
+
+
+def set_buffer_size(size: int) -> None:
+    """torch_atb's workspace size. PyTorch allocates here, so only the type is checked."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise TypeError(f"set_buffer_size: the size must be a non-negative int, found {size!r}")
+
+
+class Prof:
+    """torch_atb.Prof: host microseconds of `forward` by operation name, the latest thousand of each."""
+
+    _times: ClassVar[dict[str, deque[float]]] = defaultdict(lambda: deque(maxlen=1000))
+
+    @classmethod
+    def get_prof_stats(cls) -> type[Prof]:
+        return cls
+
+    @classmethod
+    def record(cls, name: str, seconds: float) -> None:
+        cls._times[name].append(seconds * 1e6)
+
+    @classmethod
+    def get_run_time_stats(cls, op_name: str) -> list[float]:
+        return list(cls._times[op_name])

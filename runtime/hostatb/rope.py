@@ -1,0 +1,7 @@
+"""Kernels of the rope family; the contract is in `numeric.py`, the facts in `llmc.compiler.atb.rope`."""
+
+from __future__ import annotations
+
+from llmc.runtime.hostatb.numeric import Kernel
+
+KERNELS: dict[str, Kernel] = {}
