@@ -6,14 +6,14 @@ In: parameters and input descs. Out: output descs, or the error that libatb give
     split.infer(split.param({"splitDim": 1}), [Desc(dtype="float16", shape=(3, 8))], "Ascend910B")
     # [float16 nd [3, 4], float16 nd [3, 4]]
 
-Sources: atb-operations.md 0, 3.1, 3.14; operation sources of ATB 8.5.0 under src/ops/ops_infer (order of checks, codes).
+Sources: atb-operations.md 0, 3.1, 3.14; sources of ATB 8.5.0 under src/ops/ops_infer (order of checks, codes).
 Most of these operations look at the output descs at Setup only in part, or not at all: `late` says what is looked at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import prod
+from itertools import pairwise
 
 from llmc.compiler.atb.core import MAX_DIM, AtbOp, Desc, Field, Param, Row, require, require_param
 
@@ -121,7 +121,7 @@ def split_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
                       found=str(len(sizes)), expected=f"splitNum, {param.splitNum}")  # fmt: skip
         require_param(min(sizes) >= 1, "splitSizes must be positive", found=str(sizes))
         require_param(sum(sizes) == shape[dim], "sum of splitSizes",
-                      found=f"{sizes}, together {sum(sizes)}", expected=f"{shape[dim]}, dim {dim} of {ins[0]}")  # fmt: skip
+                      found=f"{sizes}: {sum(sizes)}", expected=f"{shape[dim]}, dim {dim} of {ins[0]}")  # fmt: skip
     else:
         require(shape[dim] % param.splitNum == 0, DIM, "the split dim does not divide",
                 found=f"dim {dim} of {ins[0]}", expected=f"a multiple of {param.splitNum}")  # fmt: skip
@@ -346,7 +346,7 @@ CUMSUM = AtbOp(
 
 def softmax_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     axes, rank = list(param.axes), len(ins[0].shape)
-    consecutive = all(b == a + 1 and b != 0 for a, b in zip(axes, axes[1:], strict=False))
+    consecutive = all(b == a + 1 and b != 0 for a, b in pairwise(axes))
     require_param(bool(axes) and consecutive, "axes must be consecutive and ascending; -1 stands alone",
                   found=str(axes))  # fmt: skip
     require_param(all(-1 <= axis < rank for axis in axes), "axes", found=str(axes), expected=f"-1 to {rank - 1}")
@@ -405,7 +405,7 @@ def repeat_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     # The library pairs the leading multiples with the dims here, though it repeats aligned to the right.
     repeated = sum(m > 1 and dim > 1 for m, dim in zip(multiples, shape, strict=False))
     require(repeated + len(multiples) <= MAX_DIM, DIM, "too many repeated dims",
-            found=f"{len(multiples)} dims, {repeated} of them repeated", expected=f"together at most {MAX_DIM}")  # fmt: skip
+            found=f"{len(multiples)} dims, {repeated} repeated", expected=f"together at most {MAX_DIM}")  # fmt: skip
     padded = (1,) * (len(multiples) - len(shape)) + shape
     return [ins[0].with_shape([m * dim for m, dim in zip(multiples, padded, strict=True)])]
 
@@ -515,14 +515,7 @@ REDUCE = AtbOp(
         same_dtype("float16", "bfloat16") if param.reduceType == REDUCE_SUM else same_dtype("int32", "bfloat16")
     ),
     shape=reduce_shape,
-    enums={
-        "ReduceType": {
-            "REDUCE_UNDEFINED": 0,
-            "REDUCE_MAX": REDUCE_MAX,
-            "REDUCE_MIN": REDUCE_MIN,
-            "REDUCE_SUM": REDUCE_SUM,
-        }
-    },  # fmt: skip
+    enums={"ReduceType": {"REDUCE_UNDEFINED": 0, "REDUCE_MAX": 1, "REDUCE_MIN": 2, "REDUCE_SUM": 3}},
     bound=False,
     source="atb-operations.md 3.14; reduce_operation.cpp",
 )
