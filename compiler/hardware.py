@@ -1,0 +1,51 @@
+"""Devices as data: one YAML a device in `graphs/hardware/`, read into a `Device`.
+
+device("atlas-800i-a2").chip       # "Ascend910B", the column of the ATB table
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+import yaml
+from llmc.compiler.diagnostics import UserError, did_you_mean
+
+Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What the compiler and the runtime need to know of a device."""
+
+    name: str
+    chip: str  # Ascend910B | Ascend310P | host
+    dtypes: tuple[str, ...]
+    attention: tuple[str, ...]
+    fusions: Mapping[str, tuple[str, ...]]  # phase -> fusions that are on by default
+    causal_mask: Mapping[str, float]  # dtype -> value above the diagonal of the NORM_COMPRESS mask
+    environment: Mapping[str, Mapping[str, str]]  # "common" and attention mode -> variables
+
+
+def device_names() -> list[str]:
+    folder = files("llmc.graphs") / "hardware"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+@cache
+def device(name: str) -> Device:
+    """The device of that name; UserError with the known ones otherwise."""
+    if name not in device_names():
+        raise UserError(f"unknown device {name!r}", hint=did_you_mean(name, device_names()), code="E401")
+    data = yaml.load((files("llmc.graphs") / "hardware" / f"{name}.yaml").read_text(), Loader)
+    return Device(
+        name=data["name"],
+        chip=data["chip"],
+        dtypes=tuple(data["dtypes"]),
+        attention=tuple(data["attention"]),
+        fusions={phase: tuple(names) for phase, names in data["fusions"].items()},
+        causal_mask=data["causal_mask"],
+        environment=data["environment"],
+    )

@@ -1,0 +1,206 @@
+"""The compiler's data: types, weights, nodes, and the two immutable graphs (model level and ATB level).
+
+A value is named by the node that makes it (`layers.3.attn.o`) or, where a node has several outputs, by node and
+output (`layers.3.attn.qkv.split.q`). Shapes hold ints and symbols:
+
+    T  tokens in the step          B  sequences in the step      N  cache blocks (paged)
+    M  blocks of the longest sequence (block table width)        S  positions per sequence (flash cache)
+    P  rows of the rope tables
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+from llmc.compiler.diagnostics import Place
+
+Dim = int | str
+Shape = tuple[Dim, ...]
+
+SYMBOLS: Mapping[str, str] = {
+    "T": "tokens in the step",
+    "B": "sequences in the step",
+    "N": "cache blocks",
+    "M": "block table width",
+    "S": "cache positions per sequence",
+    "P": "rows of the rope tables",
+}
+
+
+def show_shape(shape: Shape) -> str:
+    """`[T, 5120]`, as people say it."""
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def evaluate(shape: Shape, symbols: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape in numbers."""
+    return tuple(symbols[d] if isinstance(d, str) else d for d in shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorType:
+    """dtype, shape, and how the value lies over the ranks: "R" whole, "S(d)" split on axis d, "P" partial sums."""
+
+    dtype: str
+    shape: Shape
+    shard: str = "R"
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {show_shape(self.shape)} {self.shard}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Which rows of a checkpoint tensor a piece takes: within each of `groups` runs of `stride` rows, `size` rows from
+    `offset`. A plain range is one group; InternLM2's wqkv has one group a kv head."""
+
+    groups: int
+    stride: int
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One checkpoint tensor (or some of its rows) that goes into a weight. `shape` is the whole checkpoint tensor's."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    rows: Rows | None = None
+    place: Place | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A tensor of the graph that comes from the checkpoint: its sources concatenated on axis 0."""
+
+    name: str
+    sources: tuple[Source, ...]
+    type: TensorType
+    split: str = "replicate"  # column | row | vocab | hidden | replicate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One operator. `inputs`: slot -> value; `weights`: slot -> Weight; `outputs`: output names, ("",) for one."""
+
+    name: str
+    op: str
+    inputs: Mapping[str, str]
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, Weight] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ("",)
+    place: Place | None = None
+
+    def value(self, output: str = "") -> str:
+        return f"{self.name}.{output}" if output else self.name
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        return tuple(self.value(output) for output in self.outputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """The model graph. Passes return new ones. `nodes` are in execution order; `types` is filled by type inference."""
+
+    name: str
+    inputs: Mapping[str, TensorType]
+    nodes: tuple[Node, ...]
+    outputs: Mapping[str, str]  # output name -> value
+    sizes: Mapping[str, int | float]
+    dtype: str
+    rope: Mapping[str, Any]
+    policy: tuple[Mapping[str, Any], ...] = ()  # rules {nodes, layers, dtype}, first match wins
+    types: Mapping[str, TensorType] = field(default_factory=dict)
+    phase: str = ""  # "" before the split, then "prefill" or "decode"
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Node]:
+        return {node.name: node for node in self.nodes}
+
+    @cached_property
+    def producer(self) -> Mapping[str, Node]:
+        """value -> the node that makes it."""
+        return {value: node for node in self.nodes for value in node.values}
+
+    @cached_property
+    def consumers(self) -> Mapping[str, tuple[Node, ...]]:
+        """value -> the nodes that read it, in order."""
+        found: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for value in dict.fromkeys(node.inputs.values()):
+                found.setdefault(value, []).append(node)
+        return {value: tuple(nodes) for value, nodes in found.items()}
+
+    @cached_property
+    def nx(self) -> nx.DiGraph:
+        """Nodes by name; an edge for every value read, with `value` and `slot`."""
+        graph = nx.DiGraph()
+        graph.add_nodes_from(node.name for node in self.nodes)
+        for node in self.nodes:
+            for slot, value in node.inputs.items():
+                if value in self.producer:
+                    graph.add_edge(self.producer[value].name, node.name, value=value, slot=slot)
+        return graph
+
+    def with_nodes(self, nodes: Iterable[Node], **changes: Any) -> Graph:
+        """The graph with other nodes; types of values that no longer exist are dropped."""
+        nodes = tuple(nodes)
+        alive = set(self.inputs) | {value for node in nodes for value in node.values}
+        types = changes.pop("types", self.types)
+        kept = {value: t for value, t in types.items() if value in alive}
+        return replace(self, nodes=nodes, types=kept, **changes)
+
+    @property
+    def weights(self) -> dict[str, Weight]:
+        return {w.name: w for node in self.nodes for w in node.weights.values()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtbTensor:
+    """A tensor of an ATB graph. `role`: weight | cache | input | constant | internal."""
+
+    dtype: str
+    shape: Shape
+    format: str = "nd"
+    role: str = "internal"
+    host: bool = False  # libatb reads the host copy: a CPU tensor with torch_atb
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.format} {show_shape(self.shape)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtbNode:
+    """One ATB operation. `param`: C++ field names, only what differs from the defaults. `views`: input index -> shape
+    under which the node sees that input. An output that names an already valued tensor is written in place."""
+
+    name: str
+    op: str
+    param: Mapping[str, Any]
+    ins: tuple[str, ...]
+    outs: tuple[str, ...]
+    views: Mapping[int, Shape] = field(default_factory=dict)
+    place: Place | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtbGraph:
+    """A flat list of ATB operations. `inputs` names the graph inputs in order; `tensors` describes every name."""
+
+    name: str
+    phase: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    nodes: tuple[AtbNode, ...]
+    tensors: Mapping[str, AtbTensor]
+
+    @property
+    def internals(self) -> tuple[str, ...]:
+        known = {*self.inputs, *self.outputs}
+        return tuple(dict.fromkeys(o for node in self.nodes for o in node.outs if o not in known))

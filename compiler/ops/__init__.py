@@ -1,0 +1,12 @@
+"""The operators of the language: one file a family, one list. Schema, docs, completion and `llmc ops` read OPS."""
+
+from __future__ import annotations
+
+from llmc.compiler.ops import attention, elementwise, embedding, linear, norm, rope
+from llmc.compiler.ops.core import Attr, NoRule, Op, WeightSlot
+
+FAMILIES = (embedding, linear, norm, rope, attention, elementwise)
+
+OPS: dict[str, Op] = {op.name: op for family in FAMILIES for op in family.OPS}
+
+__all__ = ["FAMILIES", "OPS", "Attr", "NoRule", "Op", "WeightSlot"]

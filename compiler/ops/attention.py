@@ -1,0 +1,90 @@
+"""attention: causal (grouped-query) attention with a KV cache, paged or contiguous ("flash").
+
+Lowering by phase and cache (atb-operations.md 6.1 to 6.3):
+
+    paged  prefill   ReshapeAndCache, SelfAttention PA_ENCODER        decode   ReshapeAndCache, PagedAttention
+    flash  prefill   SelfAttention ENCODER (writes its cache)         decode   SelfAttention DECODER
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from llmc.compiler.ir import Node, TensorType
+from llmc.compiler.ops.core import Attr, NoRule, Op, same_dtype
+
+if TYPE_CHECKING:
+    from llmc.compiler.passes.lower import Lowering
+
+ENCODER, DECODER, PA_ENCODER = 1, 2, 3  # SelfAttentionParam.calcType
+NORM_COMPRESS = 3  # SelfAttentionParam.maskType: one [128, 128] triangle for any length
+BLOCK_SIZE = 128  # positions in a cache block
+
+
+def attention_shape(node: Node, types: Sequence[TensorType]) -> list[TensorType]:
+    """q [T, H*D], k and v [T, Hk*D] -> [T, H*D]"""
+    heads, kv_heads, d = (node.attrs[a] for a in ("heads", "kv_heads", "head_dim"))
+    same_dtype(types, ("q", "k", "v"))
+    if heads % kv_heads:
+        raise NoRule(f"heads {heads} is not a multiple of kv_heads {kv_heads}", needed="whole groups of query heads")
+    for name, t, n in zip(("q", "k", "v"), types, (heads, kv_heads, kv_heads), strict=True):
+        if t.shape[-1] != n * d:
+            raise NoRule(f"the width of '{name}' is not {n} heads of {d}", found=str(t), needed=f"[T, {n * d}]")
+    return [types[0]]
+
+
+def attention_lower(node: Node, low: Lowering) -> None:
+    heads, kv_heads, d = (node.attrs[a] for a in ("heads", "kv_heads", "head_dim"))
+    common = {"headNum": heads, "kvHeadNum": kv_heads, "qkScale": node.attrs["scale"] or d**-0.5}
+    q, k, v = (low.read(node.inputs[slot]) for slot in "qkv")
+    if low.attention == "flash":
+        flash_lower(node, low, common, (q, k, v), kv_heads * d)
+        return
+    k_cache, v_cache = (low.cache(node, kind, ("N", BLOCK_SIZE, kv_heads, d)) for kind in ("k_cache", "v_cache"))
+    k_heads, v_heads = (low.view(t, ("T", kv_heads, d)) for t in (k, v))
+    slots = low.input("slots", "int32", ("T",))
+    low.emit(node, "ReshapeAndCache", {}, [k_heads, v_heads, k_cache, v_cache, slots],
+             outs=[k_cache, v_cache], suffix="cache")  # fmt: skip
+    if low.phase == "prefill":
+        lengths = low.input("seq_len", "int32", ("B",), host=True)
+        param = {**common, "calcType": PA_ENCODER, "maskType": NORM_COMPRESS, "isTriuMask": 1}
+        low.emit(node, "SelfAttention", param, [q, k, v, low.causal_mask(), lengths])
+        return
+    tables = low.input("block_tables", "int32", ("B", "M"))
+    lengths = low.input("context_lens", "int32", ("B",), host=True)
+    ins = [low.view(q, ("T", heads, d)), k_cache, v_cache, tables, lengths]
+    low.emit(node, "PagedAttention", common, ins, shape=("T", heads, d))
+
+
+def flash_lower(node: Node, low: Lowering, common: dict, qkv: Sequence, width: int) -> None:
+    """The operation appends k and v to its caches itself; layer_id 0, because each layer has its own caches."""
+    caches = [low.cache(node, kind, (1, "B", "S", width)) for kind in ("k_cache", "v_cache")]
+    offset = low.input("token_offset", "int32", ("B",), host=True)
+    lengths = low.input("seq_len", "int32", ("B",), host=True)
+    layer = low.input("layer_id", "int32", (1,))
+    if low.phase == "prefill":
+        param = {**common, "calcType": ENCODER, "maskType": NORM_COMPRESS, "isTriuMask": 1}
+        ins = [*qkv, *caches, low.causal_mask(), offset, lengths, layer]
+    else:
+        param = {**common, "calcType": DECODER}
+        ins = [*qkv, *caches, offset, lengths, layer]
+    low.emit(node, "SelfAttention", param, ins)
+
+
+OPS = (
+    Op(
+        name="attention",
+        doc="Causal attention over the KV cache; fewer kv_heads than heads is grouped-query attention.",
+        inputs=("q", "k", "v"),
+        attrs=(
+            Attr(name="heads", kind="size", doc="query heads", required=True),
+            Attr(name="kv_heads", kind="size", doc="key and value heads", required=True),
+            Attr(name="head_dim", kind="size", doc="size of a head", required=True),
+            Attr(name="scale", kind="size", doc="factor of QK^T; default 1 / sqrt(head_dim)"),
+        ),
+        shape=attention_shape,
+        lower=attention_lower,
+        source="ATB SelfAttention, PagedAttention, ReshapeAndCache (atb-operations.md 3.8 to 3.10)",
+    ),
+)

@@ -1,0 +1,179 @@
+"""Lowering: operators become ATB operations, one flat list a phase.
+
+The rules are in `compiler/ops/*.py` (`*_lower`); `Lowering` is what they write to. It declares graph inputs when they
+are first read, keeps the ATB shape of every value, and adds a view where a reader wants another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmc.compiler.atb import OPS as ATB
+from llmc.compiler.diagnostics import Report
+from llmc.compiler.ir import AtbGraph, AtbNode, AtbTensor, Graph, Node, Shape
+from llmc.compiler.ops import OPS, NoRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ref:
+    """A tensor as a node reads it: its name, and the shape to view it in (None: as it is)."""
+
+    name: str
+    view: Shape | None = None
+
+
+class Lowering:
+    """The ATB graph under construction, and the choices that the rules read: phase, attention, tokens symbol."""
+
+    def __init__(self, graph: Graph, attention: str) -> None:
+        self.graph, self.attention, self.phase = graph, attention, graph.phase
+        self.tokens = "T" if graph.phase == "prefill" else "B"
+        self.tensors: dict[str, AtbTensor] = {}
+        self.shared: list[AtbNode] = []  # used by all layers, so they come first
+        self.nodes: list[AtbNode] = []
+        self.inputs: list[str] = []
+        self.tables: dict[int, tuple[Ref, Ref]] = {}
+
+    def _declare(self, name: str, tensor: AtbTensor) -> Ref:
+        if name not in self.tensors:
+            self.tensors[name] = tensor
+            self.inputs.append(name)
+        return Ref(name=name)
+
+    def input(self, name: str, dtype: str, shape: Shape, *, host: bool = False) -> Ref:
+        """A tensor that the runtime gives with every step."""
+        return self._declare(name, AtbTensor(dtype=dtype, shape=shape, role="input", host=host))
+
+    def constant(self, name: str, shape: Shape) -> Ref:
+        """A tensor that the runtime makes once, in the model's dtype."""
+        return self._declare(name, AtbTensor(dtype=self.graph.dtype, shape=shape, role="constant"))
+
+    def weight(self, node: Node, slot: str) -> Ref:
+        weight = node.weights[slot]
+        return self._declare(weight.name, AtbTensor(dtype=weight.type.dtype, shape=weight.type.shape, role="weight"))
+
+    def cache(self, node: Node, kind: str, shape: Shape) -> Ref:
+        """A KV cache of this attention node; `kind`: k_cache or v_cache."""
+        return self._declare(f"{node.name}.{kind}", AtbTensor(dtype=self.graph.dtype, shape=shape, role="cache"))
+
+    def causal_mask(self) -> Ref:
+        return self.constant("mask", (128, 128))
+
+    def rope_tables(self, head_dim: int) -> tuple[Ref, Ref]:
+        """cos and sin of the tokens of the step, [tokens, head_dim]; gathered once for all layers."""
+        if head_dim not in self.tables:
+            suffix = f"_{head_dim}" if self.tables else ""
+            positions = self.input("position_ids", "int64", (self.tokens,))
+            self.tables[head_dim] = tuple(  # type: ignore[assignment]
+                self._gather(f"rope.{kind}{suffix}", f"{kind}_table{suffix}", head_dim, positions)
+                for kind in ("cos", "sin")
+            )
+        return self.tables[head_dim]
+
+    def _gather(self, name: str, table: str, head_dim: int, positions: Ref) -> Ref:
+        ref = self.constant(table, ("P", head_dim))
+        self._append(name, "Gather", {}, [ref, positions], [(name, self.graph.dtype, (self.tokens, head_dim))])
+        return Ref(name=name)
+
+    def read(self, value: str) -> Ref:
+        """A model value in its model shape."""
+        if value in self.graph.inputs:
+            t = self.graph.inputs[value]
+            return self.input(value, t.dtype, t.shape)
+        return self.view(Ref(name=value), self.graph.types[value].shape)
+
+    def view(self, ref: Ref, shape: Shape) -> Ref:
+        """The tensor under another shape (same elements)."""
+        return Ref(name=ref.name, view=None if self.tensors[ref.name].shape == shape else shape)
+
+    def emit(
+        self,
+        node: Node,
+        op: str,
+        param: Mapping[str, Any],
+        ins: Sequence[Ref],
+        *,
+        outs: Sequence[Ref] | None = None,
+        shape: Shape | None = None,
+        suffix: str = "",
+    ) -> None:
+        """Add one ATB operation. Outputs are the node's values; `outs` names tensors to write in place instead; `shape`
+        is the ATB shape of the single output where it is not the model's."""
+        name = f"{node.name}.{suffix}" if suffix else node.name
+        if outs is not None:
+            made = [(o.name, self.tensors[o.name].dtype, self.tensors[o.name].shape) for o in outs]
+        else:
+            types = [self.graph.types[value] for value in node.values]
+            made = [(v, t.dtype, shape or t.shape) for v, t in zip(node.values, types, strict=True)]
+        self._append(name, op, param, ins, made, node)
+
+    def _append(
+        self,
+        name: str,
+        op: str,
+        param: Mapping[str, Any],
+        ins: Sequence[Ref],
+        outs: Sequence[tuple[str, str, Shape]],
+        node: Node | None = None,
+    ) -> None:
+        for out, dtype, shape in outs:
+            self.tensors.setdefault(out, AtbTensor(dtype=dtype, shape=shape))
+        (self.nodes if node else self.shared).append(
+            AtbNode(
+                name=name,
+                op=op,
+                param=without_defaults(op, param),
+                ins=tuple(ref.name for ref in ins),
+                outs=tuple(out for out, _, _ in outs),
+                views={i: ref.view for i, ref in enumerate(ins) if ref.view is not None},
+                place=node.place if node else None,
+            )
+        )
+
+
+def without_defaults(op: str, param: Mapping[str, Any]) -> dict[str, Any]:
+    """Only what differs from ATB's defaults, in the order of the struct: generated code says what was chosen."""
+    kept: dict[str, Any] = {}
+    for f in ATB[op].fields:
+        if f.name not in param:
+            continue
+        value = param[f.name]
+        if f.kind == "struct":
+            inner = {g.name: value[g.name] for g in f.fields if g.name in value and value[g.name] != g.default}
+            if inner:
+                kept[f.name] = inner
+        elif value != f.default:
+            kept[f.name] = value
+    return kept
+
+
+def lower(graph: Graph, attention: str) -> AtbGraph:
+    """operators  ->  ATB operations with host tensors, caches written in place, and views"""
+    low = Lowering(graph, attention)
+    report = Report()
+    for node in graph.nodes:
+        try:
+            OPS[node.op].lower(node, low)
+        except NoRule as error:
+            more = {"found": error.found, "needed": error.needed, "likely": error.likely}
+            report.add(error.code, f"'{node.name}' ({node.op}): {error.message}", node.place, **more)
+    report.raise_if_any()
+    # Outputs carry the name that the author gave them.
+    names = {value: name for name, value in graph.outputs.items()}
+    nodes = tuple(_rename(node, names) for node in (*low.shared, *low.nodes))
+    tensors = {names.get(name, name): tensor for name, tensor in low.tensors.items()}
+    return AtbGraph(
+        name=graph.name,
+        phase=graph.phase,
+        inputs=tuple(low.inputs),
+        outputs=tuple(graph.outputs),
+        nodes=nodes,
+        tensors=tensors,
+    )
+
+
+def _rename(node: AtbNode, names: Mapping[str, str]) -> AtbNode:
+    ins, outs = (tuple(names.get(n, n) for n in group) for group in (node.ins, node.outs))
+    return replace(node, ins=ins, outs=outs)

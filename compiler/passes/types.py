@@ -1,0 +1,82 @@
+"""Types: the dtype of the model, and shape and dtype of every edge."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from llmc.compiler.diagnostics import Report
+from llmc.compiler.ir import Graph, Node, TensorType, Weight
+from llmc.compiler.ops import OPS, NoRule
+
+FLOATS = ("float32", "float16", "bfloat16")
+
+
+def apply_dtypes(graph: Graph) -> Graph:
+    """weights of node n: model dtype  ->  dtype of the first `policy:` rule that names n; casts around such nodes"""
+    if not graph.policy:
+        return graph
+    nodes: list[Node] = []
+    casts: dict[tuple[str, str], str] = {}
+    made = {value: node_dtype(graph, node) for node in graph.nodes for value in node.values}
+
+    def cast(value: str, dtype: str, reader: Node) -> str:
+        """The value in that dtype; the cast node is shared by all readers."""
+        if made.get(value, dtype) == dtype:
+            return value
+        if (value, dtype) not in casts:
+            casts[value, dtype] = name = f"{value}.{dtype}"
+            nodes.append(Node(name=name, op="cast", inputs={"x": value}, attrs={"to": dtype}, place=reader.place))
+        return casts[value, dtype]
+
+    for node in graph.nodes:
+        dtype = node_dtype(graph, node)
+        inputs = {slot: cast(value, dtype, node) for slot, value in node.inputs.items()}
+        weights = {slot: in_dtype(weight, dtype) for slot, weight in node.weights.items()}
+        nodes.append(replace(node, inputs=inputs, weights=weights))
+    return graph.with_nodes(nodes)
+
+
+def in_dtype(weight: Weight, dtype: str) -> Weight:
+    return replace(weight, type=replace(weight.type, dtype=dtype))
+
+
+def node_dtype(graph: Graph, node: Node) -> str:
+    """The dtype in which a node computes. A split follows the matmul that it splits."""
+    name = node.name.removesuffix(".split")
+    layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
+    for rule in graph.policy:
+        in_range = "layers" not in rule or (layer is not None and rule["layers"][0] <= layer <= rule["layers"][1])
+        if in_range and fnmatchcase(name, rule["nodes"]):
+            return rule["dtype"]
+    return graph.dtype
+
+
+def infer_types(graph: Graph) -> Graph:
+    """every edge gets shape and dtype, or all places where no rule fits are reported"""
+    report = Report()
+    types: dict[str, TensorType] = dict(graph.inputs)
+    for node in graph.nodes:
+        if any(value not in types for value in node.inputs.values()):
+            continue  # the node that should have made it is reported already
+        try:
+            outputs = OPS[node.op].shape(node, [types[node.inputs[slot]] for slot in OPS[node.op].inputs])
+        except NoRule as error:
+            message = f"'{node.name}' ({node.op}): {error.message}"
+            more = {"found": error.found, "needed": error.needed, "likely": error.likely}
+            report.add(error.code, message, node.place, **more)
+            continue
+        types.update(zip(node.values, outputs, strict=True))
+    report.raise_if_any()
+    return replace(graph, types=types)
+
+
+def with_dtype(graph: Graph, dtype: str) -> Graph:
+    """model dtype  ->  the dtype asked for"""
+    nodes = [
+        replace(node, weights={slot: in_dtype(weight, dtype) for slot, weight in node.weights.items()})
+        if node.weights
+        else node
+        for node in graph.nodes
+    ]
+    return replace(graph, nodes=tuple(nodes), dtype=dtype)

@@ -1,0 +1,163 @@
+"""The compiler's table of contents: the passes in order, each with its reason.
+
+    compiled = compile_model("graphs/llama2-13b.yaml", Options(device="atlas-800i-a2"))
+    compiled.segments["prefill"][0].graph.nodes
+
+`verify` runs after every pass. `--until PASS --print` of the command line stops after a pass and shows the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmc.compiler.build import Model, load_model
+from llmc.compiler.diagnostics import DiagnosticError, UserError
+from llmc.compiler.hardware import Device, device
+from llmc.compiler.ir import AtbGraph, Graph
+from llmc.compiler.passes.fuse import FUSIONS, fuse_add_norm, fuse_swiglu
+from llmc.compiler.passes.lower import lower
+from llmc.compiler.passes.phase import PHASES, split_phase
+from llmc.compiler.passes.segment import Segment, segment
+from llmc.compiler.passes.types import apply_dtypes, infer_types, with_dtype
+from llmc.compiler.verify import verify_atb, verify_graph, verify_segments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a user may choose; None means: what the model or the device says."""
+
+    device: str = "atlas-800i-a2"
+    dtype: str | None = None
+    attention: str = "paged"
+    world_size: int = 1
+    fusions: tuple[str, ...] | None = None
+    layers_per_segment: int = 0
+
+
+def always(name: str, graph: Graph, options: Options) -> bool:
+    return True
+
+
+def fused(name: str, graph: Graph, options: Options) -> bool:
+    """Fusions are chosen by the user, else by the device for this phase."""
+    chosen = options.fusions if options.fusions is not None else device(options.device).fusions[graph.phase]
+    return name in chosen
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One step: `run(graph, options)` gives the next graph; `when(name, graph, options)`: whether it runs at all."""
+
+    name: str
+    run: Callable[[Any, Options], Any]
+    reason: str
+    when: Callable[[str, Graph, Options], bool] = always
+
+
+# fmt: off
+MODEL_PASSES = (
+    Pass("dtype",    lambda g, o: with_dtype(g, o.dtype or g.dtype), "weights in the dtype asked for"),
+    Pass("policy",   lambda g, o: apply_dtypes(g),                   "casts around nodes with another dtype"),
+    Pass("types",    lambda g, o: infer_types(g),                    "every edge gets shape, dtype and sharding"),
+)
+PHASE_PASSES = (  # for prefill, then for decode
+    Pass("swiglu",   lambda g, o: fuse_swiglu(g),                    "split, silu, mul in one operation", fused),
+    Pass("add_norm", lambda g, o: fuse_add_norm(g),                  "residual add and norm in one operation", fused),
+    Pass("lower",    lambda g, o: lower(g, o.attention),             "operators become ATB operations"),
+    Pass("segment",  lambda g, o: segment(g, o.layers_per_segment),  "graphs that fit libatb's limits"),
+)
+# fmt: on
+PASS_NAMES = ("build", *(p.name for p in MODEL_PASSES), "phase", *(p.name for p in PHASE_PASSES))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What compiling gives: per phase the flat ATB graph and its segments (with --until, whatever existed by then)."""
+
+    model: Model
+    options: Options
+    device: Device
+    dtype: str
+    graph: Graph
+    phases: Mapping[str, Any]  # phase -> result of the last pass that ran
+    lowered: Mapping[str, AtbGraph] = field(default_factory=dict)
+    segments: Mapping[str, tuple[Segment, ...]] = field(default_factory=dict)
+
+
+def compile_model(path: str, options: Options, *, until: str = "") -> Compiled:
+    """Read, build and run the passes (up to and including `until`). Raises UserError with all problems of a stage."""
+    if until and until not in PASS_NAMES:
+        raise UserError(f"unknown pass {until!r}", hint=f"one of {', '.join(PASS_NAMES)}")
+    model = load_model(path)
+    check_options(model, options)
+    try:
+        return _run(model, options, until)
+    except DiagnosticError as error:
+        raise DiagnosticError(error.diagnostics, model.sources) from None
+
+
+def _run(model: Model, options: Options, until: str) -> Compiled:
+    target = device(options.device)
+    graph = model.graph
+    verify_graph(graph)
+    done = until == "build"
+    for step in MODEL_PASSES:
+        if done:
+            break
+        graph = step.run(graph, options)
+        verify_graph(graph)
+        done = step.name == until
+    common = {"model": model, "options": options, "device": target, "dtype": graph.dtype, "graph": graph}
+    if done:
+        return Compiled(phases={"model": graph}, **common)
+    results, lowered = {}, {}
+    for phase in PHASES:
+        result: Any = split_phase(graph, phase)
+        verify_graph(result)
+        for step in PHASE_PASSES if until != "phase" else ():
+            if isinstance(result, Graph) and not step.when(step.name, result, options):
+                continue
+            result = step.run(result, options)
+            verify(result, target.chip)
+            if isinstance(result, AtbGraph):
+                lowered[phase] = result
+            if step.name == until:
+                break
+        results[phase] = result
+    segments = results if until in ("", "segment") else {}
+    return Compiled(phases=results, lowered=lowered, segments=segments, **common)
+
+
+def verify(result: Any, chip: str) -> None:
+    """The checks for whatever kind of graph a pass gave."""
+    if isinstance(result, Graph):
+        verify_graph(result)
+    elif isinstance(result, AtbGraph):
+        verify_atb(result, chip)
+    else:
+        verify_segments(result, chip)
+
+
+def check_options(model: Model, options: Options) -> None:
+    """Device, dtype, attention and world size against the device table; UserError names what would be accepted."""
+    target = device(options.device)
+    dtype = options.dtype or model.graph.dtype
+    if dtype not in target.dtypes:
+        raise UserError(
+            f"{target.name} ({target.chip}) has no {dtype}", hint=f"--dtype {' | '.join(target.dtypes)}", code="E401"
+        )
+    if options.attention not in target.attention:
+        raise UserError(
+            f"{target.name} has no {options.attention!r} attention",
+            hint=f"--attention {' | '.join(target.attention)}",
+            code="E401",
+        )
+    unknown = sorted(set(options.fusions or ()) - set(FUSIONS))
+    if unknown:
+        raise UserError(f"unknown fusion {', '.join(unknown)}", hint=f"known: {', '.join(FUSIONS)}", code="E401")
+    if options.world_size != 1:
+        raise UserError(
+            f"world size {options.world_size}: this version compiles for one rank only", hint="--tp 1", code="E401"
+        )

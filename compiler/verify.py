@@ -1,0 +1,166 @@
+"""What must hold after every pass, as tables of named checks. A failure is a bug of ours, or a rule of libatb.
+
+Model graphs: names are unique, every edge has its maker before its reader, types cover every value once inferred.
+ATB graphs: every operation is asked through the ATB table at two sets of sample sizes, so that symbols are proven and
+not only numbers; one tensor is read on the host or on the device, never both; limits of libatb.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from llmc.compiler.atb import OPS as ATB
+from llmc.compiler.atb.core import GRAPH_LIMITS, AtbError, Desc
+from llmc.compiler.diagnostics import Diagnostic, DiagnosticError
+from llmc.compiler.ir import AtbGraph, AtbNode, Graph, evaluate, show_shape
+from llmc.compiler.passes.segment import Segment
+
+# Two unrelated sets of sizes. Lengths as in data/atb-layers: 37 tokens of 3 sequences, 16 blocks.
+SAMPLES: Sequence[Mapping[str, int]] = (
+    {"T": 37, "B": 3, "N": 16, "M": 3, "S": 512, "P": 2048},
+    {"T": 211, "B": 5, "N": 23, "M": 7, "S": 1024, "P": 4096},
+)
+
+
+def verify_graph(graph: Graph) -> None:
+    """Every check of GRAPH_CHECKS, or DiagnosticError."""
+    _raise([d for check in GRAPH_CHECKS.values() for d in check(graph)])
+
+
+def unique_names(graph: Graph) -> Iterator[Diagnostic]:
+    counts = Counter(value for node in graph.nodes for value in node.values)
+    for value, count in counts.items():
+        if count > 1 or value in graph.inputs:
+            yield Diagnostic(code="E900", message=f"value '{value}' has {count} makers")
+
+
+def makers_before_readers(graph: Graph) -> Iterator[Diagnostic]:
+    made = set(graph.inputs)
+    for node in graph.nodes:
+        for slot, value in node.inputs.items():
+            if value not in made:
+                yield Diagnostic(
+                    code="E900", message=f"'{node.name}' reads '{value}' ({slot}) before it is made", place=node.place
+                )
+        made.update(node.values)
+    for name, value in graph.outputs.items():
+        if value not in made:
+            yield Diagnostic(code="E900", message=f"output '{name}' reads '{value}', which nothing makes")
+
+
+def types_are_complete(graph: Graph) -> Iterator[Diagnostic]:
+    """Once types exist they cover every value, in a known sharding letter."""
+    if not graph.types:
+        return
+    for node in graph.nodes:
+        for value in node.values:
+            if value not in graph.types:
+                yield Diagnostic(code="E900", message=f"'{value}' has no type", place=node.place)
+            elif graph.types[value].shard != "R":
+                yield Diagnostic(code="E900", message=f"'{value}' is not whole, at world size 1", place=node.place)
+
+
+GRAPH_CHECKS: Mapping[str, Callable[[Graph], Iterator[Diagnostic]]] = {
+    "unique names": unique_names,
+    "makers before readers": makers_before_readers,
+    "types are complete": types_are_complete,
+}
+
+
+def verify_atb(graph: AtbGraph, chip: str) -> None:
+    """The rules of libatb for one flat graph, before and after segmentation."""
+    found = [*host_or_device(graph, chip)]
+    checked: set = set()
+    for node in graph.nodes:
+        found.extend(accepted(graph, node, chip, checked))
+    _raise(found)
+
+
+def accepted(graph: AtbGraph, node: AtbNode, chip: str, checked: set) -> Iterator[Diagnostic]:
+    """Create, infer and set up the operation at sample sizes; the inferred shapes must be the declared ones.
+
+    `checked` holds what was asked before: 80 equal layers are one question."""
+    ins = [(graph.tensors[n], node.views.get(i, graph.tensors[n].shape)) for i, n in enumerate(node.ins)]
+    outs = [graph.tensors[n] for n in node.outs]
+    question = (
+        node.op,
+        repr(node.param),
+        tuple((t.dtype, t.format, s) for t, s in ins),
+        tuple((t.dtype, t.format, t.shape) for t in outs),
+    )
+    if question in checked:
+        return
+    checked.add(question)
+    op = ATB[node.op]
+    try:
+        param = op.param(node.param)
+        op.create(param, chip)
+        for sample in SAMPLES:
+            descs = [Desc(dtype=t.dtype, format=t.format, shape=evaluate(s, sample)) for t, s in ins]
+            declared = [Desc(dtype=t.dtype, format=t.format, shape=evaluate(t.shape, sample)) for t in outs]
+            inferred = op.infer(param, descs, chip)
+            if [_plain(d) for d in inferred] != [_plain(d) for d in declared]:
+                yield Diagnostic(
+                    code="E900",
+                    message=f"'{node.name}' ({node.op}): the declared type is not the inferred one",
+                    place=node.place,
+                    found=", ".join(f"{t.dtype} {show_shape(t.shape)}" for t in outs),
+                    needed=", ".join(map(str, inferred)),
+                )
+                return
+            op.setup(param, descs, inferred, chip)
+    except AtbError as error:
+        yield Diagnostic(
+            code="E402",
+            message=f"'{node.name}' ({node.op} on {chip}): {error.code}: {error.message}",
+            place=node.place,
+            found=error.found,
+            needed=error.expected,
+        )
+
+
+def _plain(desc: Desc) -> tuple:
+    return desc.dtype, desc.format, tuple(desc.shape)
+
+
+def host_or_device(graph: AtbGraph, chip: str) -> Iterator[Diagnostic]:
+    """torch_atb gives a tensor host data or device data, never both (atb-operations.md 2.1)."""
+    host: dict[str, AtbNode] = {}
+    device: dict[str, AtbNode] = {}
+    for node in graph.nodes:
+        op = ATB[node.op]
+        on_host = op.host(op.param(node.param), chip)
+        for i, name in enumerate(node.ins):
+            (host if i in on_host else device).setdefault(name, node)
+    for name in host.keys() & device.keys():
+        yield Diagnostic(
+            code="E402",
+            message=f"'{name}' is read on the host by '{host[name].name}' and on the device by '{device[name].name}'",
+            place=host[name].place,
+        )
+    for name in host:
+        if not graph.tensors[name].host:
+            yield Diagnostic(code="E900", message=f"'{name}' is read on the host but not declared so")
+
+
+def verify_segments(segments: Sequence[Segment], chip: str) -> None:
+    """Each segment keeps libatb's limits and is still accepted; everything a segment reads was made or is an input."""
+    found = []
+    made: set[str] = set()
+    for part in segments:
+        for kind, n in part.counts.items():
+            if n > GRAPH_LIMITS[kind]:
+                found.append(Diagnostic(code="E403", message=f"a segment has {n} {kind}, at most {GRAPH_LIMITS[kind]}"))
+        g = part.graph
+        for short, name in zip(g.inputs, part.inputs, strict=True):
+            if g.tensors[short].role == "internal" and name not in made:
+                found.append(Diagnostic(code="E900", message=f"a segment reads '{name}' before it is made"))
+        made.update(part.outputs)
+        verify_atb(g, chip)
+    _raise(found)
+
+
+def _raise(found: Sequence[Diagnostic]) -> None:
+    if found:
+        raise DiagnosticError(found)
