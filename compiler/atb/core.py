@@ -182,6 +182,10 @@ ENUMS: dict[str, dict[str, int]] = {
     },
     "InputLayout": {"TYPE_BSND": 0, "TYPE_BNSD": 1},
     "CommMode": {"COMM_UNDEFINED": -1, "COMM_MULTI_PROCESS": 0, "COMM_MULTI_THREAD": 1},
+    "ReshapeAndCacheParam.QuantType": {  # AllReduce's, registered there by the binding (reference 2.2)
+        "QUANT_TYPE_UNQUANT": 0, "QUANT_TYPE_UNDEFINED": 0, "QUANT_TYPE_PER_TENSOR": 1, "QUANT_TYPE_PER_CHANNEL": 2,
+        "QUANT_TYPE_MAX": 3,
+    },
 }  # fmt: skip
 
 ACL_DTYPE = {
