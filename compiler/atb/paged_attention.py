@@ -1,0 +1,337 @@
+"""PagedAttention: decode (and speculative steps) over a paged cache.
+
+`inputs(param)` names the input slots in order; arity, rows, checks and the hostatb kernel all read that list.
+
+    inputs(PAGED_ATTENTION.param({"headNum": 4}))
+    # -> ("query", "keyCache", "valueCache", "blockTables", "contextLens")
+
+Sources: atb-operations.md 1.6 and 3.9, atb-layers/masks.json and refusals.json, atb-cases/paged_attention.csv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+
+from llmc.compiler.atb.core import ACL_DTYPE, AtbOp, Desc, Field, Param, Row, require, require_param
+from llmc.compiler.atb.self_attention import (
+    ACL_BF16,
+    ACL_FLOAT16,
+    BNSD,
+    BSND,
+    DEQUANT_FUSION,
+    DTYPE_UNDEFINED,
+    LOGN,
+    QKV_OFFLINE,
+    QKV_ONLINE,
+    TOR,
+    UNQUANT,
+    is_910b,
+    kv_heads,
+)
+
+# maskType
+NO_MASK, NORM, ALIBI, SPEC_MASK, MASK_FREE, NORM_COMPRESS = range(6)
+# calcType, compressType
+NOT_SPEC, SPEC = range(2)
+NO_COMPRESS, KVHEAD, KVHEAD_ROPE = range(3)
+
+MAX_HEAD, MAX_HEAD_PLAIN_BLOCK, MAX_BLOCK_AREA, MAX_MLA_BATCH = 576, 256, 128 * 128, 8192
+
+
+def qkv_quantised(param: Param) -> bool:
+    return param.quantType in (QKV_OFFLINE, QKV_ONLINE)
+
+
+def inputs(param: Param) -> tuple[str, ...]:
+    """Names of the input slots in order (reference 3.9)."""
+    value = () if param.mlaVHeadSize else ("valueCache",)
+    names = ["query", "keyCache", *value, "blockTables", "contextLens"]
+    if param.maskType != NO_MASK:
+        names.append("mask")
+    if param.batchRunStatusEnable:
+        names.append("batchRunStatus")
+    if param.quantType == DEQUANT_FUSION:
+        names += ["kDescale", "kOffset", "vDescale", "vOffset"] if param.hasQuantOffset else ["kDescale", "vDescale"]
+    elif qkv_quantised(param):
+        names += ["kDescale", "vDescale"]
+    if param.calcType == SPEC:
+        names.append("qSeqLen")
+    if param.compressType == KVHEAD_ROPE:
+        names.append("razorOffset")
+    if param.quantType == QKV_OFFLINE:
+        names.append("pScale")
+    if param.scaleType == LOGN:
+        names.append("logN")
+    return tuple(names)
+
+
+def arity(param: Param) -> tuple[int, int]:
+    return len(inputs(param)), 1
+
+
+def check(param: Param, chip: str) -> None:
+    """Creation. Every failure is ERROR_INVALID_PARAM."""
+    require_param(param.headNum > 0, "headNum must be greater than 0", found=str(param.headNum))
+    require_param(param.kvHeadNum >= 0, "kvHeadNum must not be negative", found=str(param.kvHeadNum))
+    require_param(
+        param.headNum % kv_heads(param) == 0,
+        "headNum must be a multiple of kvHeadNum",
+        found=f"{param.headNum} and {param.kvHeadNum}",
+    )
+    limits = {"maskType": 5, "quantType": 3, "compressType": 2, "calcType": 1, "scaleType": 1, "inputLayout": 1}
+    for name, top in limits.items():
+        value = getattr(param, name)
+        require_param(0 <= value <= top, f"{name} is not a value of its enum", found=str(value), expected=f"0 to {top}")
+    _check_chip(param, chip)
+    _check_spec(param, chip)
+    if param.compressType == KVHEAD_ROPE:
+        require_param(param.maskType == NO_MASK, "COMPRESS_TYPE_KVHEAD_ROPE takes no mask")
+        require_param(not param.batchRunStatusEnable, "COMPRESS_TYPE_KVHEAD_ROPE excludes dynamic batch")
+    if qkv_quantised(param):
+        typed = param.outDataType in (ACL_FLOAT16, ACL_BF16)
+        require_param(typed, "quantised q, k, v need outDataType float16 or bfloat16", found=str(param.outDataType))
+        require_param(not param.hasQuantOffset, "quantised q, k, v have no offsets: hasQuantOffset must be false")
+        require_param(param.compressType == NO_COMPRESS, "quantised q, k, v exclude compressType")
+    if param.scaleType == LOGN:
+        plain = param.quantType == UNQUANT and param.compressType == NO_COMPRESS
+        require_param(plain, "SCALE_TYPE_LOGN excludes quantisation and compressType")
+    if param.inputLayout == BNSD:
+        plain = param.quantType == UNQUANT and param.compressType == NO_COMPRESS and param.scaleType == TOR
+        require_param(plain, "TYPE_BNSD excludes quantisation, compressType and SCALE_TYPE_LOGN")
+    if param.mlaVHeadSize:
+        _check_mla(param)
+
+
+def _check_chip(param: Param, chip: str) -> None:
+    if is_910b(chip):
+        require_param(param.maskType != NORM_COMPRESS, f"MASK_TYPE_NORM_COMPRESS is not supported on {chip}")
+        return
+    for there, what in (
+        (param.batchRunStatusEnable, "batchRunStatusEnable"),
+        (param.compressType != NO_COMPRESS, "compressType"),
+        (param.mlaVHeadSize > 0, "mlaVHeadSize"),
+        (param.quantType != UNQUANT, "quantisation"),
+    ):
+        require_param(not there, f"{what} is not supported on {chip}")
+
+
+def _check_spec(param: Param, chip: str) -> None:
+    if param.calcType != SPEC:
+        return
+    for holds, what in (
+        (not param.batchRunStatusEnable, "no dynamic batch"),
+        (param.compressType == NO_COMPRESS, "no compressType"),
+        (param.quantType == UNQUANT, "no quantisation"),
+        (param.scaleType == TOR, "SCALE_TYPE_TOR"),
+        (param.inputLayout == BSND, "TYPE_BSND"),
+    ):
+        require_param(holds, f"CALC_TYPE_SPEC needs {what}")
+    if not is_910b(chip):
+        legal: tuple[int, ...] = (NO_MASK, SPEC_MASK, MASK_FREE, NORM_COMPRESS)
+    elif param.mlaVHeadSize:
+        legal = (NO_MASK, SPEC_MASK, MASK_FREE)
+    else:
+        legal = (NORM, SPEC_MASK)
+    require_param(param.maskType in legal, "CALC_TYPE_SPEC: maskType", found=str(param.maskType),
+                  expected=", ".join(map(str, legal)))  # fmt: skip
+
+
+def _check_mla(param: Param) -> None:
+    for holds, what in (
+        (param.maskType != ALIBI, "no alibi mask"),
+        (param.compressType == NO_COMPRESS, "no compressType"),
+        (param.quantType != DEQUANT_FUSION, "no TYPE_DEQUANT_FUSION"),
+        (param.scaleType == TOR, "SCALE_TYPE_TOR"),
+        (param.inputLayout == BSND, "TYPE_BSND"),
+        (param.kvHeadNum == 1, "kvHeadNum 1"),
+        (param.mlaVHeadSize <= MAX_HEAD, f"mlaVHeadSize of at most {MAX_HEAD}"),
+    ):
+        require_param(holds, f"mlaVHeadSize needs {what}")
+
+
+def rows(param: Param, chip: str) -> list[Row]:
+    """Legal dtypes and formats. NZ caches come with NZ masks and fp16 logN, ND caches with ND masks and fp32 logN."""
+    names = inputs(param)
+    found: list[Row] = []
+    for dtype, cache_format, scale in product(("float16", "bfloat16"), ("", ":nz"), ("float32", "int64")):
+        out = ACL_DTYPE[param.outDataType] if qkv_quantised(param) else dtype
+        cache = dtype if param.quantType == UNQUANT else "int8"
+        descale = scale if param.quantType == DEQUANT_FUSION else "float32"
+        words = {
+            "query": "int8" if qkv_quantised(param) else dtype, "keyCache": cache + cache_format,
+            "valueCache": cache + cache_format, "blockTables": "int32", "contextLens": "int32",
+            "mask": out + cache_format, "batchRunStatus": "int32", "kDescale": descale, "kOffset": "int32",
+            "vDescale": descale, "vOffset": "int32", "qSeqLen": "int32", "razorOffset": "float32",
+            "pScale": "float32", "logN": "float16" if cache_format else "float32",
+        }  # fmt: skip
+        found.append((*(words[name] for name in names), out))
+        if param.maskType == NORM_COMPRESS:  # the ND form [2048, 2048]
+            found.append((*((words | {"mask": out})[name] for name in names), out))
+    return list(dict.fromkeys(found))
+
+
+def shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
+    named = dict(zip(inputs(param), ins, strict=True))
+    legal = {"valueCache": 4, "query": 3, "keyCache": 4, "blockTables": 2, "contextLens": 1}
+    for name, count in legal.items():
+        if name in named:
+            require(len(named[name].shape) == count, "ERROR_INVALID_TENSOR_DIM_NUM", "number of dimensions",
+                    found=str(named[name]), expected=str(count), tensor=name)  # fmt: skip
+    query, key, value = named["query"], named["keyCache"], named.get("valueCache")
+    if param.batchRunStatusEnable:
+        for name in ("blockTables", "contextLens"):
+            require(query.shape[0] <= named[name].shape[0], "ERROR_INVALID_TENSOR_DIM", "more tokens than sequences",
+                    found=str(named[name]), expected=f"at least {query.shape[0]} rows", tensor=name)  # fmt: skip
+    if not is_910b(chip):
+        _check_nz_caches(param, query, key, named["valueCache"])
+    elif param.inputLayout == BNSD:
+        _check_bnsd_caches(query, key, named["valueCache"])
+    else:
+        _check_nd_caches(param, query, key, value, named["contextLens"])
+    _check_mask_free(param, named, chip)
+    dtype = ACL_DTYPE[param.outDataType] if qkv_quantised(param) else query.dtype
+    v_size = param.mlaVHeadSize or (value.shape[3] if value else 0)
+    dims = (*query.shape[:2], v_size) if is_910b(chip) else query.shape
+    return [Desc(dtype=dtype, shape=dims, format=query.format)]
+
+
+def _require_dim(condition: bool, message: str, found: object, expected: object = "", tensor: str = "") -> None:
+    require(condition, "ERROR_INVALID_TENSOR_DIM", message, found=str(found), expected=str(expected), tensor=tensor)
+
+
+def _check_nd_caches(param: Param, query: Desc, key: Desc, value: Desc | None, lengths: Desc) -> None:
+    """910B: [blocks, blockSize, Nk, D] and [blocks, blockSize, Nk, Dv]."""
+    if value is not None:
+        _require_dim(key.shape[:3] == value.shape[:3], "the caches differ before the head size", value, key)
+    block, size = key.shape[1], key.shape[3]
+    _require_dim(size == query.shape[2], "head sizes of query and keyCache differ", key, query, "keyCache")
+    plain = param.calcType == SPEC or qkv_quantised(param)
+    if param.quantType == DEQUANT_FUSION or param.scaleType == LOGN or param.compressType or (
+        plain and not param.mlaVHeadSize
+    ):  # fmt: skip
+        _require_dim(value is not None and size == value.shape[3], "head sizes of key and value must be equal here",
+                     value, key)  # fmt: skip
+        _check_block_area(size, block)
+        return
+    v_size = param.mlaVHeadSize or (value.shape[3] if value else 0)
+    _require_dim(param.mlaVHeadSize <= size, "mlaVHeadSize is larger than the key's head size", size)
+    _require_dim(max(size, v_size) <= MAX_HEAD, "head size", max(size, v_size), f"at most {MAX_HEAD}")
+    if param.mlaVHeadSize:
+        _require_dim(lengths.shape[0] <= MAX_MLA_BATCH, "batch size", lengths, f"at most {MAX_MLA_BATCH}")
+        mtp = param.headNum in (16, 32) and (size, v_size) == (576, 512) and param.calcType != SPEC
+        if block == 256 and mtp:
+            return
+    _require_dim(max(size, v_size) <= MAX_HEAD_PLAIN_BLOCK or block <= 128,
+                 "block size with a head size above 256", block, "at most 128")  # fmt: skip
+
+
+def _check_block_area(size: int, block: int) -> None:
+    _require_dim(size <= MAX_HEAD_PLAIN_BLOCK, "head size", size, f"at most {MAX_HEAD_PLAIN_BLOCK}")
+    _require_dim(size * block <= MAX_BLOCK_AREA, "head size times block size", size * block,
+                 f"at most {MAX_BLOCK_AREA}")  # fmt: skip
+
+
+def _check_bnsd_caches(query: Desc, key: Desc, value: Desc) -> None:
+    """910B: [blocks, Nk, blockSize, D]."""
+    size = query.shape[2]
+    _require_dim(size == key.shape[3] == value.shape[3], "head sizes differ", f"{query}, {key}, {value}")
+    _require_dim(key.shape[0] == value.shape[0], "numbers of blocks differ", value, key)
+    _require_dim(key.shape[2] == value.shape[2], "block sizes differ", value, key)
+
+
+def _check_nz_caches(param: Param, query: Desc, key: Desc, value: Desc) -> None:
+    """310P: [blocks, Nk * D / 16, blockSize, 16]."""
+    _require_dim(key.shape[:3] == value.shape[:3], "the caches differ", value, key)
+    _require_dim(key.shape[3] == value.shape[3] == 16, "the last dimension of an NZ cache is 16", f"{key}, {value}")
+    size = key.shape[1] * 16 // kv_heads(param)
+    _require_dim(size % 16 == 0, "the head size must be a multiple of 16", size)
+    _check_block_area(size, key.shape[2])
+    _require_dim(size == query.shape[2], "head sizes of query and keyCache differ", key, query, "keyCache")
+
+
+def _check_mask_free(param: Param, named: dict[str, Desc], chip: str) -> None:
+    if param.maskType == MASK_FREE:
+        _require_dim(not is_910b(chip), f"MASK_TYPE_MASK_FREE is not supported on {chip}", "")
+        mask, block = named["mask"], named["keyCache"].shape[2]
+        _require_dim(mask.shape == (1, 8, 128, 16), "shape of the mask", mask, "[1, 8, 128, 16]", "mask")
+        require_param(block == 128, "MASK_TYPE_MASK_FREE needs blocks of 128", found=str(block))
+    elif param.maskType == NORM_COMPRESS:
+        mask = named["mask"]
+        _require_dim(mask.shape in ((2048, 2048), (1, 128, 2048, 16)), "shape of the compressed mask", mask,
+                     "[2048, 2048] or [1, 128, 2048, 16]", "mask")  # fmt: skip
+
+
+def late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> None:
+    """Setup: the output, razorOffset, logN, and on 910B the mask shapes that only the kernel refuses."""
+    named = dict(zip(inputs(param), ins, strict=True))
+    expected = shape(param, ins, chip)[0]
+    _require_dim(outs[0].shape[1:] == expected.shape[1:], "output", outs[0], expected)
+    if "razorOffset" in named:
+        _require_dim(named["razorOffset"].shape == named["keyCache"].shape[:2], "razorOffset is [blocks, blockSize]",
+                     named["razorOffset"], list(named["keyCache"].shape[:2]), "razorOffset")  # fmt: skip
+    if "logN" in named:
+        batch = named["contextLens"].shape
+        _require_dim(named["logN"].shape == batch, "logN is [B]", named["logN"], list(batch), "logN")
+    if "mask" not in named or not is_910b(chip):
+        return
+    mask, batch_size, tokens = named["mask"].shape, named["contextLens"].shape[0], named["query"].shape[0]
+    fits = {
+        2: mask[0] == tokens,  # SPEC [T, ctx]
+        3: mask[0] == (param.headNum if param.maskType == ALIBI else batch_size),  # [B, 1, ctx], alibi [N, 1, ctx]
+        4: mask[:2] == (batch_size, param.headNum),
+    }
+    require(fits.get(len(mask), False), "ERROR_RT_FAIL", "this mask shape is not supported", found=str(named["mask"]),
+            expected=f"[{batch_size}, 1, ctx]; alibi [{batch_size}, {param.headNum}, 1, ctx]; spec [{tokens}, ctx]",
+            tensor="mask")  # fmt: skip
+
+
+def host(param: Param, chip: str) -> frozenset[int]:
+    """910B reads the lengths on the host; 310P reads contextLens on the device, except for its compressed mask."""
+    names = inputs(param)
+    read = {"qSeqLen"}
+    if is_910b(chip):
+        read |= {"contextLens", "batchRunStatus"}
+    elif param.maskType == NORM_COMPRESS:
+        read.add("contextLens")
+    return frozenset(index for index, name in enumerate(names) if name in read)
+
+
+# Members that torch_atb has; C++ adds MASK_TYPE_MASK_FREE = 4 and MASK_TYPE_NORM_COMPRESS = 5 (reference 2.2).
+ENUMS = {
+    "MaskType": {"UNDEFINED": 0, "MASK_TYPE_NORM": 1, "MASK_TYPE_ALIBI": 2, "MASK_TYPE_SPEC": 3},
+    "QuantType": {
+        "TYPE_QUANT_UNQUANT": 0, "TYPE_DEQUANT_FUSION": 1, "TYPE_QUANT_QKV_OFFLINE": 2, "TYPE_QUANT_QKV_ONLINE": 3,
+    },
+    "CompressType": {"COMPRESS_TYPE_UNDEFINED": 0, "COMPRESS_TYPE_KVHEAD": 1, "COMPRESS_TYPE_KVHEAD_ROPE": 2},
+    "CalcType": {"CALC_TYPE_UNDEFINED": 0, "CALC_TYPE_SPEC": 1},
+    "ScaleType": {"SCALE_TYPE_TOR": 0, "SCALE_TYPE_LOGN": 1},
+}  # fmt: skip
+
+PAGED_ATTENTION = AtbOp(
+    name="PagedAttention",
+    fields=(
+        Field(name="headNum", kind="int", default=0),
+        Field(name="qkScale", kind="float", default=1.0),
+        Field(name="kvHeadNum", kind="int", default=0),
+        Field(name="maskType", kind="MaskType", default=0),
+        Field(name="batchRunStatusEnable", kind="bool", default=False),
+        Field(name="quantType", kind="QuantType", default=0),
+        Field(name="outDataType", kind="dtype", default=DTYPE_UNDEFINED),
+        Field(name="hasQuantOffset", kind="bool", default=False),
+        Field(name="compressType", kind="CompressType", default=0),
+        Field(name="calcType", kind="CalcType", default=0),
+        Field(name="scaleType", kind="ScaleType", default=0),
+        Field(name="inputLayout", kind="InputLayout", default=0),
+        Field(name="mlaVHeadSize", kind="uint", default=0, bound=False),
+        Field(name="qScale", kind="float", default=0.0, bound=False),
+    ),
+    arity=arity,
+    rows=rows,
+    shape=shape,
+    check=check,
+    late=late,
+    host=host,
+    enums=ENUMS,
+    source="atb-operations.md 3.9; atb-layers/masks.json; atb-cases/paged_attention.csv",
+)
