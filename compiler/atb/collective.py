@@ -481,7 +481,7 @@ def _product(param: Param, ins: Sequence[Desc], kind: int) -> Desc:
 
 
 def linear_parallel_late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> None:
-    """Setup asks by `type` alone, so hccl and lccl fail here with other types than LINEAR_ALL_REDUCE and PURE_LINEAR."""
+    """Setup asks by `type` alone: hccl and lccl fail here with another type than LINEAR_ALL_REDUCE or PURE_LINEAR."""
     x = ins[0]
     if param.type in (LINEAR_ALL_REDUCE, PURE_LINEAR):
         require_param(not (x.dtype == "int8" and param.quantType == LINEAR_PER_GROUP),
