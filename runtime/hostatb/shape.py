@@ -52,7 +52,7 @@ def _gather(x: Tensor, indices: Tensor, axis: int, batch_dims: int) -> Tensor:
 def split(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]:
     x, dim = tensors[0], param.splitDim
     sizes = list(param.splitSizes) or [x.shape[dim] // param.splitNum] * param.splitNum
-    return list(torch.split_with_sizes_copy(x, sizes, dim))
+    return list(torch.split_with_sizes_copy(x, sizes, dim))  # type: ignore[call-overload,func-returns-value]
 
 
 def concat(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]:
