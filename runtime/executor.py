@@ -20,7 +20,7 @@ from llmc.compiler.diagnostics import UserError
 class Executor:
     """The operations of both phases of one artifact, and the tensors that every step reads.
 
-    atb: `torch_atb`, or `llmc.runtime.hostatb`. weights, constants, caches: name -> tensor as the manifest lists them."""
+    atb: `torch_atb` or `llmc.runtime.hostatb`. weights, constants, caches: name -> tensor, as in the manifest."""
 
     def __init__(
         self,

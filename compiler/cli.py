@@ -1,0 +1,237 @@
+"""The command line: parses and prints. The functions behind it take and return plain values.
+
+Torch is imported only by the commands that compute (run, demo, convert).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmc.compiler.diagnostics import DiagnosticError, UserError, did_you_mean, to_json
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. 0 done, 1 something the user can mend, 2 wrong usage, 130 interrupted."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except UserError as error:
+        report(error, getattr(args, "json", False))
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `llmc show ... | head`
+        sys.stderr.close()
+        return 0
+
+
+def report(error: UserError, as_json: bool) -> None:
+    """The message on stderr; with --json one object on stdout."""
+    if not as_json:
+        print(f"llmc: {error}" if not isinstance(error, DiagnosticError) else str(error), file=sys.stderr)
+        return
+    problems: list[dict[str, Any]] = [
+        {"code": error.code or None, "message": error.message, "likely": error.hint or None}
+    ]
+    if isinstance(error, DiagnosticError):
+        problems = to_json(error.diagnostics)
+    print(json.dumps({"ok": False, "problems": problems}, indent=1))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llmc", description="Compile a declared model graph for Ascend NPUs, and run it."
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    add = _adder(commands)
+    p = add("compile", compile_command, "write the artifact of a model: generated code and manifest.json")
+    p.add_argument("graph", help="a YAML file, or the name of a packaged model")
+    p.add_argument("-o", "--output", type=Path, help="directory to write (default: build/<model>-<device>-...)")
+    p.add_argument("--until", metavar="PASS", default="", help="stop after this pass and write nothing")
+    p.add_argument("--print", action="store_true", help="print the graph after the last pass")
+    _add_options(p)
+
+    p = add("check", check_command, "read, type and lower a model; write nothing")
+    p.add_argument("graph")
+    _add_options(p)
+
+    p = add("show", show_command, "sizes, types, ATB operations and segments of a model")
+    p.add_argument("graph")
+    _add_options(p)
+
+    p = add("init", init_command, "print the YAML of a new variant from a checkpoint's config.json")
+    p.add_argument("--model-path", "--model_path", type=Path, required=True)
+    p.add_argument("--name", help="name of the variant (default: the directory's name)")
+
+    p = add("ops", ops_command, "list the operators of the language, or explain one")
+    p.add_argument("name", nargs="?")
+    p.add_argument("--json", action="store_true")
+
+    p = add("schema", schema_command, "print the JSON Schema of model files, for editors")
+
+    from llmc.runtime import flags
+
+    p = add("run", run_command, "generate text with a checkpoint")
+    flags.add_run_flags(p)
+    p = add("demo", demo_command, "fetch a small real model, compile it and answer a question on this machine")
+    flags.add_demo_flags(p)
+    p = add("convert", convert_command, "turn .bin or GGUF weights into a safetensors checkpoint")
+    flags.add_convert_flags(p)
+    return parser
+
+
+def _adder(commands: Any) -> Callable[[str, Callable, str], argparse.ArgumentParser]:
+    def add(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+        p = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        p.set_defaults(run=run)
+        return p
+
+    return add
+
+
+def _add_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--device", default="atlas-800i-a2", help="atlas-800i-a2 (default) or host")
+    p.add_argument("--dtype", help="float16, bfloat16; on host also float32 (default: the model's)")
+    p.add_argument("--attention", default="paged", help="paged (default) or flash")
+    p.add_argument("--tp", "--world-size", type=int, default=1, dest="tp", help="world size of tensor parallelism")
+    p.add_argument(
+        "--fuse", metavar="LIST", help="fusions to apply, comma separated, 'none' for none (default: the device's)"
+    )
+    p.add_argument("--layers-per-segment", type=int, default=0, help="at most so many layers in one ATB graph")
+    p.add_argument("--json", action="store_true", help="facts and problems as one JSON object")
+
+
+def _options(args: argparse.Namespace) -> Any:
+    from llmc.compiler.pipeline import Options
+
+    fusions = None if args.fuse is None else tuple(w for w in args.fuse.split(",") if w and w != "none")
+    return Options(
+        device=args.device,
+        dtype=args.dtype,
+        attention=args.attention,
+        world_size=args.tp,
+        fusions=fusions,
+        layers_per_segment=args.layers_per_segment,
+    )
+
+
+def compile_command(args: argparse.Namespace) -> int:
+    from llmc.compiler import artifact, show
+    from llmc.compiler.pipeline import compile_model
+
+    start = time.perf_counter()
+    compiled = compile_model(args.graph, _options(args), until=args.until)
+    if args.print:
+        for phase, result in compiled.phases.items():
+            print(f"--- {phase}\n{show.show_result(result)}")
+    if args.until:
+        return 0
+    target = args.output or Path("build") / artifact.default_name(compiled)
+    artifact.write(compiled, target)
+    seconds = time.perf_counter() - start
+    _note_support(compiled)
+    if args.json:
+        print(json.dumps({"ok": True, "path": str(target), **show.summary(compiled)}, indent=1))
+    elif not args.print:
+        print(f"{target}: {show.summary_line(compiled)} ({seconds:.2f} s)")
+    return 0
+
+
+def _note_support(compiled: Any) -> None:
+    offered = compiled.model.support.get(compiled.options.device, {}).get("tp", ())
+    if compiled.options.device != "host" and compiled.options.world_size not in offered:
+        sizes = ", ".join(map(str, offered)) or "none"
+        print(
+            f"note: {compiled.model.name} is offered on {compiled.options.device} at world size {sizes}; "
+            f"this artifact is for {compiled.options.world_size}",
+            file=sys.stderr,
+        )
+
+
+def check_command(args: argparse.Namespace) -> int:
+    from llmc.compiler import show
+    from llmc.compiler.pipeline import compile_model
+
+    compiled = compile_model(args.graph, _options(args))
+    if args.json:
+        print(json.dumps({"ok": True, **show.summary(compiled)}, indent=1))
+    else:
+        print(f"{args.graph}: ok; {show.summary_line(compiled)}")
+    return 0
+
+
+def show_command(args: argparse.Namespace) -> int:
+    from llmc.compiler import show
+    from llmc.compiler.pipeline import compile_model
+
+    compiled = compile_model(args.graph, _options(args))
+    print(json.dumps(show.summary(compiled), indent=1) if args.json else show.show_model(compiled))
+    return 0
+
+
+def init_command(args: argparse.Namespace) -> int:
+    from llmc.compiler.checkpoint import read_config, variant_from_config
+
+    name = args.name or args.model_path.resolve().name.lower()
+    print(variant_from_config(read_config(args.model_path), name), end="")
+    return 0
+
+
+def ops_command(args: argparse.Namespace) -> int:
+    from llmc.compiler import show
+    from llmc.compiler.ops import OPS
+
+    if args.name and args.name not in OPS:
+        raise UserError(f"no operator {args.name!r}", hint=did_you_mean(args.name, OPS), code="E107")
+    chosen = [OPS[args.name]] if args.name else list(OPS.values())
+    if args.json:
+        keys = ("name", "doc", "inputs", "outputs", "splits", "authored", "source")
+        print(json.dumps([{key: getattr(op, key) for key in keys} for op in chosen], indent=1))
+    else:
+        print(show.show_op(chosen[0]) if args.name else show.show_ops(chosen))
+    return 0
+
+
+def schema_command(args: argparse.Namespace) -> int:
+    from llmc.compiler.schema import schema
+
+    print(json.dumps(schema(), indent=1))
+    return 0
+
+
+def run_command(args: argparse.Namespace) -> int:
+    from llmc.runtime.run import run
+
+    return run(args)
+
+
+def demo_command(args: argparse.Namespace) -> int:
+    from llmc.runtime.demo import demo
+
+    return demo(args)
+
+
+def convert_command(args: argparse.Namespace) -> int:
+    from llmc.runtime.convert import convert_command as convert
+
+    return convert(args)
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"llmc {version('llmc')}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Graphs as text: what `llmc show`, `llmc check` and `--until PASS --print` say; as plain data for --json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from llmc.compiler.artifact import default_name, make_manifest
+from llmc.compiler.ir import AtbGraph, AtbNode, Graph, Node, show_shape
+from llmc.compiler.passes.segment import LAYER, Segment
+from llmc.compiler.pipeline import Compiled
+
+
+def show_result(result: Graph | AtbGraph | tuple[Segment, ...]) -> str:
+    """Any graph of the pipeline, one line a node."""
+    if isinstance(result, Graph):
+        return "\n".join(_graph_lines(result))
+    if isinstance(result, AtbGraph):
+        return "\n".join(_atb_lines(result))
+    return "\n".join(line for part in result for line in ("", _segment_line(part), *_atb_lines(part.graph)))
+
+
+def _graph_lines(graph: Graph) -> Iterator[str]:
+    for name, t in graph.inputs.items():
+        yield f"{name:<32} input          {t}"
+    for node in graph.nodes:
+        yield f"{node.name:<32} {node.op:<14} {_types(graph, node)}  ({', '.join(node.inputs.values())})  {node.place}"
+    for name, value in graph.outputs.items():
+        yield f"{name:<32} output         {value}"
+
+
+def _types(graph: Graph, node: Node) -> str:
+    return ", ".join(str(graph.types.get(value, "?")) for value in node.values)
+
+
+def _atb_lines(graph: AtbGraph) -> Iterator[str]:
+    for name in graph.inputs:
+        t = graph.tensors[name]
+        yield f"{name:<32} {t.role:<14} {t}{' host' if t.host else ''}"
+    for node in graph.nodes:
+        yield _atb_line(graph, node)
+
+
+def _atb_line(graph: AtbGraph, node: AtbNode) -> str:
+    made = ", ".join(f"{out} {graph.tensors[out]}" for out in node.outs)
+    ins = ", ".join(n + (f" as {show_shape(node.views[i])}" if i in node.views else "") for i, n in enumerate(node.ins))
+    param = ", ".join(f"{k}={v}" for k, v in node.param.items())
+    return f"{node.op:<16} {made}  <-  {ins}{'  {' + param + '}' if param else ''}  {node.place or ''}".rstrip()
+
+
+def _segment_line(part: Segment) -> str:
+    counts = ", ".join(f"{n} {kind}" for kind, n in part.counts.items())
+    return f"segment of {len(part.layers)} groups ({part.layers[0]} to {part.layers[-1]}): {counts}"
+
+
+def summary(compiled: Compiled) -> dict[str, Any]:
+    """The closing facts of a compilation as plain data."""
+    manifest = make_manifest(compiled)
+    return {
+        "model": compiled.model.name,
+        "artifact": default_name(compiled),
+        "device": compiled.options.device,
+        "dtype": compiled.dtype,
+        "attention": compiled.options.attention,
+        "world_size": compiled.options.world_size,
+        "operators": len(compiled.graph.nodes),
+        "operations": {phase: len(low.nodes) for phase, low in compiled.lowered.items()},
+        "segments": {phase: [part.counts for part in parts] for phase, parts in compiled.segments.items()},
+        **manifest["memory"],
+    }
+
+
+def summary_line(compiled: Compiled) -> str:
+    facts = summary(compiled)
+    phases = "; ".join(
+        f"{phase} {facts['operations'][phase]} operations in {len(facts['segments'][phase])} segments"
+        for phase in facts["segments"]
+    )
+    gib = facts["weight_bytes"] / 2**30
+    return f"{phases}; weights {gib:.2f} GiB, cache {facts['cache_bytes_per_token'] / 1024:.1f} KiB per token"
+
+
+def show_model(compiled: Compiled) -> str:
+    """Sizes, the operators of one layer with their types, the ATB operations of one layer of each phase, segments."""
+    graph = compiled.graph
+    lines = [
+        f"{compiled.model.name} on {compiled.options.device}, {compiled.dtype}, {compiled.options.attention} attention"
+    ]
+    lines += ["", "sizes", *(f"  {name:<16} {value}" for name, value in graph.sizes.items())]
+    lines += ["", "operators"]
+    lines += [f"  {line}" for line in _graph_lines(graph) if _shown(line)]
+    for phase, low in compiled.lowered.items():
+        lines += ["", f"{phase}: ATB operations"]
+        lines += [f"  {_atb_line(low, node)}" for node in low.nodes if _shown(node.name)]
+        lines += [f"  {_segment_line(part)}" for part in compiled.segments[phase]]
+    return "\n".join([*lines, "", summary_line(compiled)])
+
+
+def _shown(text: str) -> bool:
+    """Of a repeated block, the first iteration stands for all."""
+    match = LAYER.match(text.split(" ")[0])
+    return not match or match[1].endswith(".0")
+
+
+def show_ops(ops: Iterable[Any]) -> str:
+    return "\n".join(f"{op.name:<14} {op.doc}" for op in ops)
+
+
+def show_op(op: Any) -> str:
+    """One operator: slots, weights, attributes, sharding, where the facts come from."""
+    lines = [f"{op.name}: {op.doc}", f"  inputs   {', '.join(op.inputs)}"]
+    lines += [f"  weight   {w.name}: {w.doc}{'' if w.required else ' (optional)'}" for w in op.weights]
+    for a in op.attrs:
+        lines.append(f"  {a.name:<8} {a.kind}: {a.doc}{' (required)' if a.required else ''}")
+    lines += [f"  tp       {' | '.join(op.splits)}", f"  source   {op.source}"]
+    return "\n".join(lines)
