@@ -1,0 +1,129 @@
+"""The vendor's operation cases as our table sees them: reading the CSV files and giving our verdict on a row.
+
+    for row in read_rows(path):
+        for chip in row.chips:
+            verdict(row, chip)            # "NO_ERROR float16[2,4]" or "I:ERROR_INVALID_TENSOR_DIM"
+
+Columns and the grammar of ExpectedError are described in the README of the data folder.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmc.compiler.atb import OPS
+from llmc.compiler.atb.core import AtbError, AtbOp, Desc, Field
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+CASES = Path(os.environ.get("LLMC_ATB_CASES", DATA / "atb-cases"))
+GOLDEN = Path(os.environ.get("LLMC_ATB_GOLDEN", DATA / "atb-golden"))
+MODELLED = ("Ascend910B", "Ascend310P")
+STAGES = {"create": "C", "infer": "I", "setup": "S", "execute": "E"}
+DTYPES = {"float": "float32", "bf16": "bfloat16"}
+FORMATS = {"fractal_nz": "nz"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseRow:
+    """One row: `number` counts data rows from 0; `expected` is "C:NO_ERROR", "I:ERROR_...", or "NO_ERROR"."""
+
+    file: str
+    number: int
+    name: str
+    op: str
+    param: Mapping[str, Any]
+    ins: tuple[Desc, ...]
+    outs: tuple[Desc, ...]
+    chips: tuple[str, ...]
+    expected: str
+
+    def __str__(self) -> str:
+        return f"{self.file} row {self.number} ({self.name})"
+
+
+def read_rows(path: Path) -> list[CaseRow]:
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.reader(file, delimiter="|")
+        header = [cell.strip() for cell in next(reader)]
+        return [
+            _row(path.name, number, dict(zip(header, (cell.strip() for cell in cells), strict=True)))
+            for number, cells in enumerate(reader)
+        ]
+
+
+def _row(file: str, number: int, cells: Mapping[str, str]) -> CaseRow:
+    named = [chip.strip() for chip in cells["SocVersion"].split(",") if chip.strip()]
+    return CaseRow(
+        file=file,
+        number=number,
+        name=cells["CaseName"],
+        op=cells["OpName"].removesuffix("Operation"),
+        param=json.loads(cells["OpParam"]),
+        ins=_descs(cells["InDType"], cells["InFormat"], cells["InShape"]),
+        outs=_descs(cells["OutDType"], cells["OutFormat"], cells["OutShape"]),
+        chips=tuple(chip for chip in MODELLED if chip in named or not named),
+        expected=cells["ExpectedError"],
+    )
+
+
+def _descs(dtypes: str, formats: str, shapes: str) -> tuple[Desc, ...]:
+    if not dtypes:
+        return ()
+    columns = [[word.strip() for word in text.split(";")] for text in (dtypes, formats, shapes)]
+    return tuple(
+        Desc(
+            dtype=DTYPES.get(dtype, dtype),
+            format=FORMATS.get(format, format),
+            shape=tuple(int(dim) for dim in shape.split(",") if dim.strip()),
+        )
+        for dtype, format, shape in zip(*columns, strict=False)
+    )
+
+
+def known_param(fields: Sequence[Field], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the keys that only steer the vendor's test generator: their tool reads the fields it knows."""
+    names = {f.name: f for f in fields}
+    known = {name: value for name, value in values.items() if name in names or name == "rsv"}
+    return {
+        name: known_param(names[name].fields, value) if isinstance(value, dict) else value
+        for name, value in known.items()
+    }
+
+
+def verdict(row: CaseRow, chip: str) -> str:
+    """What our table says of the row, up to the stage at which the row stops."""
+    op = OPS[row.op]
+    last, _, code = row.expected.rpartition(":")
+    try:
+        return "NO_ERROR " + _run(op, row, chip, last if code == "NO_ERROR" else "")
+    except AtbError as error:
+        return f"{STAGES[error.stage]}:{error.code}"
+
+
+def _run(op: AtbOp, row: CaseRow, chip: str, last: str) -> str:
+    param = op.param(known_param(op.fields, row.param))
+    op.create(param, chip)
+    if last == "C":
+        return ""
+    outs = op.infer(param, row.ins, chip)
+    if last != "I":
+        op.setup(param, row.ins, outs, chip)
+    return " ".join(map(_shown, outs))
+
+
+def expectation(row: CaseRow) -> str:
+    """The row's statement in the words of `verdict`."""
+    stage, _, code = row.expected.rpartition(":")
+    if code != "NO_ERROR":
+        return row.expected
+    return "NO_ERROR " + ("" if stage == "C" else " ".join(map(_shown, row.outs)))
+
+
+def _shown(desc: Desc) -> str:
+    return f"{desc.dtype}[{','.join(map(str, desc.shape))}]"
