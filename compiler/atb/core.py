@@ -258,7 +258,7 @@ class AtbOp:
             return list(self.shape(param, ins, chip))
 
     def setup(self, param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> None:
-        """Stage setup: rows of inputs and outputs together, output descs as inferred, late rules."""
+        """Stage setup: rows of inputs and outputs together, late rules, output shapes as inferred."""
         with _stage("setup", self.name):
             n_in, n_out = self.arity(param)
             check_count(n_in, ins)
@@ -266,6 +266,9 @@ class AtbOp:
                     found=str(len(outs)), expected=str(n_out))  # fmt: skip
             check_rows(self.rows(param, chip), [*ins, *outs], self.empty(param), chip)
             self.late(param, ins, outs, chip)
+            for index, (out, inferred) in enumerate(zip(outs, self.shape(param, ins, chip), strict=True)):
+                require(out.shape == inferred.shape, "ERROR_INVALID_TENSOR_DIM", "an output is not as inferred",
+                        found=str(out), expected=str(inferred), tensor=f"output {index}")  # fmt: skip
 
 
 class _stage:
