@@ -489,6 +489,7 @@ SET_VALUE = AtbOp(
     arity=arity(2, 0),
     rows=fixed(same_dtype("float16", "float32", "int32", "int64", "bfloat16")),
     shape=set_value_shape,
+    writes=lambda param: frozenset({0}),
     bound=False,
     source="atb-operations.md 1.3, 3.14; set_value_operation.cpp",
 )

@@ -80,7 +80,7 @@ def multinomial(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], 
 
 
 def topk_topp_sampling(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]:
-    """Keeps the k largest probabilities, of these the shortest run whose sum reaches topp, and draws one."""
+    """Keeps the k largest probabilities, of these the run whose sum stays below topp (at least one), and draws one."""
     kind, probs = param.topkToppSamplingType, tensors[0]
     if kind == SINGLE:
         kept, order = probs.topk(param.topk, dim=-1, sorted=True)
