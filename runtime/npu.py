@@ -1,0 +1,160 @@
+"""Ascend NPUs: the only file that imports torch_npu and torch_atb.
+
+Enters: a device profile's environment variables and a rank. Leaves: the torch_atb module (what the generated
+`build(atb, ...)` takes) and a few calls on tensors. Variables are applied before the imports, because libatb and torch_npu read many of
+them once, while loading; a variable that the user has set keeps the user's value.
+
+    atb = npu.load({"TASK_QUEUE_ENABLE": "1", "ATB_OPERATION_EXECUTE_ASYNC": "1"})
+    npu.set_device(rank=0)
+    weight = npu.to_nz(npu.to_device(weight))
+
+torch itself imports torch_npu (the entry point torch.backends) unless TORCH_DEVICE_BACKEND_AUTOLOAD is 0 in the
+process; whoever starts ranks sets it, else the variables come late and `load` says so.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from llmc.compiler.diagnostics import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+LOG = logging.getLogger("llmc.npu")
+FRACTAL_NZ = 29  # aclFormat ACL_FORMAT_FRACTAL_NZ
+
+CANN_HINT = "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
+ATB_HINT = (
+    "source .../atb/set_env.sh of an ATB built for this torch: "
+    "cxx11abi 1 if torch.compiled_with_cxx11_abi() is True, else 0"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """What a profile changed: variables that were set, and those where the user's value was kept."""
+
+    applied: Mapping[str, str]
+    kept: Mapping[str, str]
+
+
+def apply_environment(profile: Mapping[str, str]) -> Environment:
+    """Put the profile's variables into os.environ; the user's win."""
+    wanted = {name: str(value) for name, value in profile.items()}
+    if os.environ.get("INF_NAN_MODE_ENABLE", wanted.get("INF_NAN_MODE_ENABLE")) == "0":
+        # Saturating overflow needs this second switch on Atlas 800I A2.
+        wanted.setdefault("INF_NAN_MODE_FORCE_DISABLE", "1")
+    kept = {name: os.environ[name] for name in wanted if name in os.environ}
+    applied = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(applied)
+    return Environment(applied=applied, kept=kept)
+
+
+def available() -> bool:
+    """Whether both packages are installed. Cheap: nothing is imported, no device is asked."""
+    return all(importlib.util.find_spec(name) is not None for name in ("torch_npu", "torch_atb"))
+
+
+def load(profile: Mapping[str, str]) -> ModuleType:
+    """Apply the profile, import torch_npu and torch_atb, check that a device is visible; returns torch_atb."""
+    environment = apply_environment(profile)
+    for name, value in environment.kept.items():
+        LOG.info("%s=%s is yours; the profile has %s", name, value, profile.get(name, value))
+    if environment.applied:
+        LOG.info("set %s", " ".join(f"{name}={value}" for name, value in environment.applied.items()))
+        if early := [name for name in ("torch_npu", "torch_atb") if name in sys.modules]:
+            LOG.warning(
+                "%s was imported before %s were set; start with TORCH_DEVICE_BACKEND_AUTOLOAD=0",
+                early[0],
+                ", ".join(environment.applied),
+            )
+    _import("torch_npu", hint="pip install 'llmc[npu]'")
+    atb = _import("torch_atb", hint=ATB_HINT)
+    if _device_count() == 0:
+        visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
+        found = "not set" if visible is None else repr(visible)
+        raise UserError(
+            f"no NPU is visible (ASCEND_RT_VISIBLE_DEVICES is {found})",
+            hint="name devices of the Device column of `npu-smi info`, for example ASCEND_RT_VISIBLE_DEVICES=0,1",
+        )
+    return atb
+
+
+def set_device(rank: int) -> None:
+    """Bind this process to the device of its local rank."""
+    import torch
+
+    if not 0 <= rank < (count := _device_count()):
+        raise UserError(
+            f"rank {rank} needs device {rank}, but {count} are visible "
+            f"(ASCEND_RT_VISIBLE_DEVICES={os.environ.get('ASCEND_RT_VISIBLE_DEVICES', '')!r})",
+            hint="make more devices visible, or use a smaller --tp",
+        )
+    torch.npu.set_device(rank)  # type: ignore[attr-defined]
+    torch.npu.set_compile_mode(jit_compile=False)  # type: ignore[attr-defined]
+
+
+def device() -> torch.device:
+    """The device of this process."""
+    import torch
+
+    return torch.device("npu", torch.npu.current_device())  # type: ignore[attr-defined]
+
+
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy on this process's device; torch_atb would copy a non-contiguous one at every call."""
+    return tensor.contiguous().to(device())
+
+
+def to_nz(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in FRACTAL_NZ, the layout of weights and caches on Atlas 300I DUO."""
+    return _module("torch_npu").npu_format_cast(tensor, FRACTAL_NZ)
+
+
+def synchronize() -> None:
+    """Wait until everything queued on the device is done."""
+    import torch
+
+    torch.npu.synchronize()  # type: ignore[attr-defined]
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def _device_count() -> int:
+    import torch
+
+    return int(torch.npu.device_count())  # type: ignore[attr-defined]
+
+
+def _import(name: str, *, hint: str) -> ModuleType:
+    try:
+        return _module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or name
+        if missing.partition(".")[0] == name:
+            raise UserError(f"the package {name} is not installed", hint=hint) from error
+        raise UserError(
+            f"{name} cannot be imported: {missing} is not installed", hint=f"pip install {missing}"
+        ) from error
+    except (ImportError, OSError, RuntimeError) as error:
+        library = re.search(r"(lib[\w+-]+)\.so\S*: cannot open shared object", str(error))
+        if library and library[1].startswith(("libatb", "libasdops")):
+            raise UserError(f"{name} cannot be imported: {library[1]}.so of ATB is not found", hint=ATB_HINT) from error
+        if library:
+            raise UserError(
+                f"{name} cannot be imported: {library[1]}.so of CANN is not found", hint=CANN_HINT
+            ) from error
+        hint = ATB_HINT if "undefined symbol" in str(error) else CANN_HINT
+        raise UserError(f"{name} is installed but cannot be imported: {error}", hint=hint) from error
