@@ -262,8 +262,9 @@ class AtbOp:
         with _stage("setup", self.name):
             n_in, n_out = self.arity(param)
             check_count(n_in, ins)
-            require(len(outs) == n_out, "ERROR_INVALID_TENSOR_NUM", "number of outputs",
+            require(len(outs) == n_out, "ERROR_INVALID_IN_TENSOR_NUM", "number of outputs",
                     found=str(len(outs)), expected=str(n_out))  # fmt: skip
+            check_tensors(outs, self.empty(param), n_in, "output")
             check_rows(self.rows(param, chip), [*ins, *outs], self.empty(param), chip)
             self.late(param, ins, outs, chip)
             for index, (out, inferred) in enumerate(zip(outs, self.shape(param, ins, chip), strict=True)):
@@ -317,31 +318,33 @@ def check_count(expected: int, ins: Sequence[Desc]) -> None:
             found=str(len(ins)), expected=str(expected))  # fmt: skip
 
 
-def check_tensors(ins: Sequence[Desc], empty: frozenset[int]) -> None:
-    """1 to 8 dims, non-zero and at most 256 GiB, unless the slot may be empty (reference section 0)."""
-    for index, desc in enumerate(ins):
-        if index in empty and desc.elements == 0:
+def check_tensors(descs: Sequence[Desc], empty: frozenset[int], first: int = 0, kind: str = "input") -> None:
+    """1 to 8 dims, non-zero and at most 256 GiB, unless the slot may be empty (reference section 0, tensor_check.cpp).
+
+    `empty` counts inputs, then outputs; `first`: the number in it of descs[0]."""
+    for index, desc in enumerate(descs):
+        if first + index in empty and desc.elements == 0:
             continue
-        name = f"input {index}"
-        require(1 <= len(desc.shape) <= MAX_DIM, "ERROR_INVALID_TENSOR_DIM_NUM", "number of dimensions",
+        name = f"{kind} {index}"
+        require(1 <= len(desc.shape) <= MAX_DIM, "ERROR_INVALID_TENSOR_DIM", "number of dimensions",
                 found=str(len(desc.shape)), expected=f"1 to {MAX_DIM}", tensor=name)  # fmt: skip
-        require(all(dim > 0 for dim in desc.shape), "ERROR_INVALID_TENSOR_DIM", "a dimension is not positive",
-                found=str(desc), tensor=name)  # fmt: skip
-        size = desc.elements * DTYPE_BYTES.get(desc.dtype, 1)
-        require(size <= MAX_TENSOR_BYTES, "ERROR_INVALID_TENSOR_SIZE", "tensor is too large",
-                found=f"{size} bytes", expected="at most 256 GiB", tensor=name)  # fmt: skip
+        size = desc.elements * DTYPE_BYTES.get(desc.dtype, 1) if min(desc.shape) > 0 else 0
+        require(0 < size <= MAX_TENSOR_BYTES, "ERROR_INVALID_TENSOR_SIZE", "size of the tensor",
+                found=f"{desc}: {size} bytes", expected="1 byte to 256 GiB", tensor=name)  # fmt: skip
 
 
 def check_rows(rows: Sequence[Row] | None, descs: Sequence[Desc], empty: frozenset[int], chip: str) -> None:
     """The (dtype, format) tuple must equal one row in its first len(descs) columns; empty tensors are skipped.
 
-    bf16 off 910B is ERROR_INVALID_TENSOR_DTYPE whatever the rows say (reference section 0)."""
-    if chip == "Ascend310P":
-        for index, desc in enumerate(descs):
-            require(desc.dtype != "bfloat16", "ERROR_INVALID_TENSOR_DTYPE", f"{chip} has no bfloat16",
-                    found=str(desc), tensor=f"tensor {index}")  # fmt: skip
-    if rows is None:
-        return
+    A row that has bf16 is then refused on 310P with ERROR_INVALID_TENSOR_DTYPE (reference section 0)."""
+    if rows is not None:
+        _check_match(rows, descs, empty, chip)
+    for index, desc in enumerate(descs):
+        require(not (chip == "Ascend310P" and desc.dtype == "bfloat16"), "ERROR_INVALID_TENSOR_DTYPE",
+                f"{chip} has no bfloat16", found=str(desc), tensor=f"tensor {index}")  # fmt: skip
+
+
+def _check_match(rows: Sequence[Row], descs: Sequence[Desc], empty: frozenset[int], chip: str) -> None:
     words = [
         None if (i in empty and d.elements == 0) else (d.dtype if d.format == "nd" else f"{d.dtype}:{d.format}")
         for i, d in enumerate(descs)
