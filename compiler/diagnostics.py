@@ -43,8 +43,10 @@ CODES: Mapping[str, str] = {
     "E105": "unknown size",
     "E106": "value out of range",
     "E107": "unknown operator",
-    "E108": "override of a node that does not exist",
+    "E108": "override or removal of something that does not exist",
     "E109": "bad name",
+    "E110": "size that nothing uses",
+    "E111": "{i} outside a repeat, or missing inside one",
     # 2xx: the graph
     "E201": "edge to a node that does not exist",
     "E202": "cycle",

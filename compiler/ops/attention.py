@@ -81,7 +81,7 @@ OPS = (
             Attr(name="heads", kind="size", doc="query heads", required=True),
             Attr(name="kv_heads", kind="size", doc="key and value heads", required=True),
             Attr(name="head_dim", kind="size", doc="size of a head", required=True),
-            Attr(name="scale", kind="size", doc="factor of QK^T; default 1 / sqrt(head_dim)"),
+            Attr(name="scale", kind="number", doc="factor of QK^T; default 1 / sqrt(head_dim)"),
         ),
         shape=attention_shape,
         lower=attention_lower,

@@ -63,6 +63,7 @@ OPS = (
         ),
         attrs=(
             Attr(name="out", kind="size", doc="output features; with `parts` each part says its own"),
+            Attr(name="heads", kind="size", doc="the split axis is this many heads, which ranks share whole"),
             Attr(name="groups", kind="size", doc="the packed checkpoint tensor repeats its parts this many times"),
         ),
         splits=("replicate", "column", "row", "vocab"),

@@ -41,7 +41,7 @@ def add_rms_norm_lower(node: Node, low: Lowering) -> None:
     low.emit(node, "RmsNorm", param, ins)
 
 
-EPS = Attr(name="eps", kind="size", doc="added to the mean square", required=True)
+EPS = Attr(name="eps", kind="number", doc="added to the mean square", required=True)
 GAMMA = WeightSlot(name="weight", doc="gamma [n]", shape=("x.-1",))
 
 OPS = (
