@@ -103,16 +103,23 @@ def _gather_processes(param: Param, tensor: Tensor) -> Tensor:
             stage="execute",
         )  # fmt: skip
     group: Any = param.hcclComm
-    _require_member(param, dist.get_world_size(group), dist.get_rank(group))
-    # Bytes travel: gloo does not know every dtype, and it cannot gather CUDA tensors.
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    _require_member(param, size, rank)
+    # Bytes travel, since gloo does not know every dtype; and it cannot send CUDA tensors.
     sent = tensor.contiguous().cpu() if dist.get_backend(group) == "gloo" else tensor.contiguous()
-    received = sent.new_empty((param.rankSize, *sent.shape))
+    received = sent.new_empty((size, *sent.shape))
+    received[rank] = sent
+    slots, peers = received.view(size, -1).view(torch.uint8), [peer for peer in range(size) if peer != rank]
+    # Straight to each peer: for two ranks, half the latency of gloo's all_gather and all_reduce.
+    jobs = [dist.P2POp(dist.irecv, slots[peer], group=group, group_peer=peer) for peer in peers]
+    jobs += [dist.P2POp(dist.isend, slots[rank], group=group, group_peer=peer) for peer in peers]
     try:
-        dist.all_gather_into_tensor(received.view(-1).view(torch.uint8), sent.view(-1).view(torch.uint8), group=group)
+        for work in dist.batch_isend_irecv(jobs):
+            work.wait()
     except RuntimeError as error:
         raise AtbError(
             "ERROR_HCCL_FAIL", "a rank did not answer", found=str(error).splitlines()[0],
-            expected=f"{param.rankSize} ranks in the same operation", stage="execute",
+            expected=f"{size} ranks in the same operation", stage="execute",
         ) from error  # fmt: skip
     return received.to(tensor.device)
 
