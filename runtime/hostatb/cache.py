@@ -1,7 +1,102 @@
-"""Kernels of the cache family; the contract is in `numeric.py`, the facts in `llmc.compiler.atb.cache`."""
+"""ReshapeAndCache and KvCache: keys and values written into the caches. Pure copies.
+
+Facts in `llmc.compiler.atb.cache`. The caches are inputs that are written in place; ReshapeAndCache also returns them.
+"""
 
 from __future__ import annotations
 
-from llmc.runtime.hostatb.numeric import Kernel
+from collections.abc import Sequence
 
-KERNELS: dict[str, Kernel] = {}
+import torch
+from llmc.compiler.atb.cache import KV_INPUTS, NO_COMPRESS, caches, inputs
+from llmc.compiler.atb.core import AtbError, Desc, Param
+from llmc.runtime.hostatb.numeric import Kernel
+from torch import Tensor
+
+
+def refuse(message: str, found: object, expected: object) -> AtbError:
+    """What the device would write outside the cache."""
+    return AtbError("ERROR_INVALID_TENSOR_DIM", message, found=str(found), expected=str(expected), stage="execute")
+
+
+def reshape_and_cache(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]:
+    names = inputs(param)
+    named = dict(zip(names, tensors, strict=True))
+    slots = named["slots"].long()
+    pairs = (("key", "keyCache"), ("value", "valueCache"))
+    for new, name in pairs:
+        if name in named:
+            cache = named[name]
+            nz = descs[names.index(name)].format == "nz"
+            if param.compressType != NO_COMPRESS:
+                _write_compressed(named, named[new], cache, slots)
+            else:
+                _write(named[new], cache, slots, nz)
+    return [tensors[index] for _, index in sorted(caches(param).items())]
+
+
+def _write(new: Tensor, cache: Tensor, slots: Tensor, nz: bool) -> None:
+    """Token t goes to slot = block * blockSize + offset; a negative slot is skipped."""
+    block = cache.shape[2] if nz else cache.shape[1]
+    total = cache.shape[0] * block
+    if slots.numel() != new.shape[0]:
+        raise refuse("one slot a token", slots.numel(), new.shape[0])
+    low, high = slots.aminmax()
+    if high >= total:
+        raise refuse("slot beyond the cache", int(high), f"below {total}")
+    if low < 0:
+        kept = slots >= 0
+        new, slots = new[kept], slots[kept]
+    if nz:  # [blocks, Nk * D / n0, blockSize, n0]
+        rows = new.reshape(new.shape[0], cache.shape[1], cache.shape[3]).to(cache.dtype)
+        cache[slots // block, :, slots % block] = rows
+        return
+    cache.flatten(0, 1).index_copy_(0, slots, new.to(cache.dtype))
+
+
+def _write_compressed(named: dict[str, Tensor], new: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """new [T, Nk, D] into a single-head cache; pair i = sequence * Nk + head writes from slot i on.
+
+    KVHEAD keeps the last `wins` tokens of the pair (all when 0). KVHEAD_ROPE replaces the `wins` tokens from
+    `offsetIndex` on by their mean (-1: keeps all). The vendor's data show KVHEAD; for KVHEAD_ROPE they are zeros only,
+    and the rule follows the parameters' description.
+    """
+    rows, heads = cache.view(-1, cache.shape[-1]), new.shape[1]
+    lengths, wins = named["seqLen"].tolist(), named["wins"].tolist()
+    offsets = named["offsetIndex"].tolist() if "offsetIndex" in named else None
+    starts = [sum(lengths[:b]) for b in range(len(lengths))]
+    for pair, slot in enumerate(slots.tolist()):
+        batch, head = divmod(pair, heads)
+        tokens, win = new[starts[batch] : starts[batch] + lengths[batch], head], wins[pair]
+        if offsets is None:
+            tokens = tokens[-win:] if win else tokens
+        elif (first := offsets[pair]) >= 0 and win:
+            mean = tokens[first : first + win].float().mean(dim=0, keepdim=True).to(tokens.dtype)
+            tokens = torch.cat([tokens[:first], mean, tokens[first + win :]])
+        if not 0 <= slot <= rows.shape[0] - tokens.shape[0]:
+            raise refuse(f"slot of pair {pair}", slot, f"0 to {rows.shape[0] - tokens.shape[0]}")
+        rows[slot : slot + tokens.shape[0]] = tokens
+
+
+def kv_cache(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]:
+    """Writes newKv into cache[layerId] at positions tokenOffset - seqLen to tokenOffset of each sequence."""
+    new, layer_id, cache, ends, counts = (dict(zip(KV_INPUTS, tensors, strict=True))[name] for name in KV_INPUTS)
+    layer = int(layer_id.item())
+    if not 0 <= layer < cache.shape[0]:
+        raise refuse("layerId", layer, f"below {cache.shape[0]}")
+    one = cache[layer]
+    if chip == "Ascend310P":  # newKv [1, H / n0, T, n0], cache [B, H / n0, maxS, n0]
+        one, rows = one.transpose(1, 2), new[0].transpose(0, 1)
+    else:
+        rows = new.reshape(-1, cache.shape[-1])
+    start = 0
+    for batch, (end, count) in enumerate(zip(ends.tolist(), counts.tolist(), strict=True)):
+        if not 0 <= count <= end <= one.shape[1] or start + count > rows.shape[0]:
+            raise refuse(f"lengths of sequence {batch}", f"seqLen {count}, tokenOffset {end}",
+                         f"at most {rows.shape[0]} new tokens and {one.shape[1]} positions")  # fmt: skip
+        one[batch, end - count : end] = rows[start : start + count]
+        start += count
+    return []
+
+
+KERNELS: dict[str, Kernel] = {"ReshapeAndCache": reshape_and_cache, "KvCache": kv_cache}

@@ -1,0 +1,198 @@
+"""The arithmetic of attention, shared by SelfAttention and PagedAttention.
+
+    attend(q, k, v, scale=0.125)                 # q [Lq, N, D], k [Lk, Nk, D], v [Lk, Nk, Dv] -> [Lq, N, Dv]
+    attend(q, k, v, scale=0.125, causal=True)    # query i sees keys up to Lk - Lq + i
+    decode(q, k_rows, v_rows, tables, block, lengths, scale=0.125)  # one query a sequence, caches in blocks of rows
+
+Scores, softmax and sums are float32 and the result is rounded once. The chips round P to 16 bit as well; that is left
+out, so the results here are at least as exact. Query head h reads kv head h / (N / Nk).
+
+PyTorch's fused kernel does the common cases. One query token (decode) keeps 16-bit keys and values: widening them would
+double the memory traffic that decode consists of, and the fused kernel accumulates in float32 anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from llmc.runtime.hostatb.numeric import round_to
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    chip: str,
+    causal: bool = False,
+    bias: Tensor | None = None,
+    log_n: Tensor | None = None,
+    clamp: tuple[float, float] | None = None,
+) -> Tensor:
+    """`bias` [Lq, Lk] or [N, Lq, Lk] float32 is added to the scores; `log_n` (a number or one a query) multiplies them
+    before `clamp`, and `clamp` comes before the bias."""
+    (q_len, heads, size), (kv_len, kv_heads, v_size) = q.shape, v.shape
+    if clamp is not None:
+        return _explicit(q, k, v, scale=scale, chip=chip, causal=causal, bias=bias, log_n=log_n, clamp=clamp)
+    if q_len == 1 and bias is None and log_n is None and size == v_size and q.dtype == k.dtype:
+        # The queries of one kv head become the rows of one small matmul.
+        grouped = q.view(1, kv_heads, heads // kv_heads, size)
+        out = scaled_dot_product_attention(grouped, k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale=scale)
+        return out.reshape(1, heads, size)
+    wide_q = q.float() if log_n is None else q.float() * log_n.float().reshape(-1, 1, 1)
+    if causal and q_len != kv_len:  # is_causal aligns to the first key, the operation to the last
+        bias, causal = _plus(bias, causal_bias(q_len, kv_len, q.device)), False
+    elif causal and bias is not None:
+        bias, causal = bias + causal_bias(q_len, kv_len, q.device), False
+    out = scaled_dot_product_attention(
+        wide_q.transpose(0, 1)[None],
+        k.float().transpose(0, 1)[None],
+        v.float().transpose(0, 1)[None],
+        attn_mask=None if bias is None else bias.expand(1, heads, q_len, kv_len),
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=heads != kv_heads,
+    )
+    return round_to(out[0].transpose(0, 1), q.dtype, chip)
+
+
+SHORT = (
+    256  # up to this many keys a batch is faster as one padded call than as one call a sequence (measured, 1 thread)
+)
+
+
+def decode(
+    q: Tensor,
+    k_rows: Tensor,
+    v_rows: Tensor,
+    tables: Sequence[Sequence[int]],
+    block: int,
+    lengths: Sequence[int],
+    *,
+    scale: float,
+) -> Tensor:
+    """q [B, N, D], one query a sequence; k_rows, v_rows [rows, Nk, D]: position p of sequence b lies in row
+    tables[b][p // block] * block + p % block. -> [B, N, D]. Only rows below the lengths are read."""
+    batch, heads, size = q.shape
+    kv_heads = k_rows.shape[1]
+    grouped = q.view(batch, kv_heads, heads // kv_heads, size)
+    longest = max(lengths)
+    if batch > 1 and longest <= SHORT:
+        k, v, seen = _padded(k_rows, v_rows, tables, block, lengths, longest)
+        return scaled_dot_product_attention(grouped, k, v, attn_mask=seen, scale=scale).reshape(batch, heads, size)
+    out = torch.empty_like(grouped)
+    for b, length in enumerate(lengths):
+        k, v = (_sequence(rows, tables[b], block, length) for rows in (k_rows, v_rows))
+        one = grouped[b : b + 1]
+        out[b] = scaled_dot_product_attention(one, k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale=scale)[0]
+    return out.view(batch, heads, size)
+
+
+def _sequence(rows: Tensor, table: Sequence[int], block: int, length: int) -> Tensor:
+    """[length, Nk, D]: a view when the sequence's blocks follow one another, else a copy."""
+    used = table[: -(-length // block)]
+    first = used[0]
+    if used == list(range(first, first + len(used))):
+        return rows[first * block : first * block + length]
+    ids = torch.tensor(used, device=rows.device)
+    return rows.unflatten(0, (-1, block)).index_select(0, ids).flatten(0, 1)[:length]
+
+
+def _padded(
+    k_rows: Tensor, v_rows: Tensor, tables: Sequence[Sequence[int]], block: int, lengths: Sequence[int], longest: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """[B, Nk, longest, D] twice, and which keys are real. Padding repeats a sequence's first row: a row that nobody
+    wrote could hold NaN, which a mask does not stop."""
+    blocks = -(-longest // block)
+    starts = torch.tensor([[*t[:blocks], *[t[0]] * (blocks - len(t))] for t in tables], device=k_rows.device) * block
+    positions = torch.arange(longest, device=k_rows.device)
+    rows = starts[:, positions // block] + positions % block
+    seen = None
+    if min(lengths) < longest:
+        seen = positions < torch.tensor(lengths, device=k_rows.device)[:, None]
+        rows = torch.where(seen, rows, starts[:, :1])
+        seen = seen[:, None, None]
+    k, v = (x.index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2) for x in (k_rows, v_rows))
+    return k, v, seen
+
+
+def causal_bias(q_len: int, kv_len: int, device: torch.device, window: int = 0) -> Tensor:
+    """[Lq, Lk] float32: 0 for the keys that a query sees, -inf for later ones and those `window` or more before it."""
+    hidden = torch.ones(q_len, kv_len, dtype=torch.bool, device=device)
+    seen = hidden.tril(kv_len - q_len)
+    if window:
+        seen &= hidden.triu(kv_len - q_len - window + 1)
+    return torch.zeros(q_len, kv_len, device=device).masked_fill_(~seen, float("-inf"))
+
+
+def _plus(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a + b
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    """[N, Lq, Lk] float32 dot products of every query head with its kv head."""
+    groups = q.shape[1] // k.shape[1]
+    return torch.einsum("qhgd,khd->hgqk", q.float().unflatten(1, (-1, groups)), k.float()).flatten(0, 1)
+
+
+def weighted(p: Tensor, v: Tensor) -> Tensor:
+    """p [N, Lq, Lk] times v [Lk, Nk, Dv] -> [Lq, N, Dv] float32."""
+    groups = p.shape[0] // v.shape[1]
+    return torch.einsum("hgqk,khd->qhgd", p.unflatten(0, (-1, groups)), v.float()).flatten(1, 2)
+
+
+def _explicit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    chip: str,
+    causal: bool,
+    bias: Tensor | None,
+    log_n: Tensor | None,
+    clamp: tuple[float, float],
+) -> Tensor:
+    s = scores(q, k) * scale
+    if log_n is not None:
+        s = s * log_n.float().reshape(-1, 1)
+    s = s.clamp(*clamp)
+    if causal:
+        s = s + causal_bias(q.shape[0], k.shape[0], q.device)
+    if bias is not None:
+        s = s + bias
+    return round_to(weighted(torch.softmax(s, dim=-1), v), q.dtype, chip)
+
+
+def attend_int8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    qk_descale: Tensor,
+    v_descale: Tensor,
+    p_steps: tuple[Tensor, Tensor] | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """int8 q, k, v, scales per query head [N]. P becomes int8 too: by its row maximum, or by `p_steps` a head, the
+    step that divides P before rounding and the one that multiplies the sums.
+
+    The integer sums stay below 2^24, so float32 holds them exactly."""
+    s = scores(q, k) * (qk_descale.float() * scale).reshape(-1, 1, 1)
+    if bias is not None:
+        s = s + bias
+    p = torch.exp(s - s.amax(dim=-1, keepdim=True))
+    total = p.sum(dim=-1, keepdim=True)
+    if p_steps is None:
+        down = up = p.amax(dim=-1, keepdim=True) / 127
+    else:
+        down, up = (step.float().reshape(-1, 1, 1) for step in p_steps)
+    p8 = torch.round(p / down).clamp(-128, 127)
+    factor = (v_descale.float().reshape(-1, 1, 1) * up / total).transpose(0, 1)
+    return (weighted(p8, v) * factor).to(dtype)
