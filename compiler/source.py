@@ -17,9 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Union
 
-import yaml
-
 import llmc.graphs
+import yaml
 from llmc.compiler.diagnostics import DiagnosticError, Place, Report, did_you_mean
 
 GRAPHS = os.path.realpath(os.path.dirname(llmc.graphs.__file__))
@@ -42,7 +41,7 @@ Value = Union["Scalar", "List", "Map"]
 class Scalar:
     """`value` is None, bool, int, float or str; `text` is what was written, without quotes."""
 
-    value: None | bool | int | float | str
+    value: bool | int | float | str | None
     text: str
     place: Place
 
@@ -73,7 +72,7 @@ class Map:
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """The merged tree of a file and what it extends. `sources`: file -> text, in reading order; `hash`: of their bytes."""
+    """The merged tree of a file and what it extends. `sources`: file -> text, as read; `hash`: of their bytes."""
 
     root: Map
     sources: Mapping[str, str]
@@ -300,7 +299,7 @@ class _Reader:
     def __init__(self, file: str, text: str, report: Report) -> None:
         self.file, self.report = file, report
         self.text = text
-        self.events = yaml.parse(text, Loader=LOADER)
+        self.events: Iterator[Any] = yaml.parse(text, Loader=LOADER)
         self.anchors: dict[str, tuple[Value, int] | None] = {}
         self.count = 0
 
@@ -392,12 +391,12 @@ class _Reader:
 
     def scalar(self, event: Any) -> Scalar:
         text, place = event.value, self.place(event)
-        value: None | bool | int | float | str = text
+        value: bool | int | float | str | None = text
         if event.style in (None, ""):
             value = self.plain(text, place)
         return Scalar(value=value, text=text, place=place)
 
-    def plain(self, text: str, place: Place) -> None | bool | int | float | str:
+    def plain(self, text: str, place: Place) -> bool | int | float | str | None:
         if text in ("", "~", "null"):
             return None
         if text in ("true", "false"):
