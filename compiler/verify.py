@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 
 from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.atb.core import GRAPH_LIMITS, AtbError, Desc
@@ -92,6 +93,13 @@ def accepted(graph: AtbGraph, node: AtbNode, chip: str, checked: set) -> Iterato
     if question in checked:
         return
     checked.add(question)
+    for (tensor, view), name in zip(ins, node.ins, strict=True):
+        if any(prod(evaluate(view, sample)) != prod(evaluate(tensor.shape, sample)) for sample in SAMPLES):
+            yield Diagnostic(
+                code="E900",
+                message=f"'{node.name}' views '{name}' {show_shape(tensor.shape)} as {show_shape(view)}",
+                place=node.place,
+            )
     op = ATB[node.op]
     try:
         param = op.param(node.param)

@@ -42,8 +42,8 @@ def attention_lower(node: Node, low: Lowering) -> None:
         flash_lower(node, low, common, (q, k, v), kv_heads * d)
         return
     k_cache, v_cache = (low.cache(node, kind, ("N", BLOCK_SIZE, kv_heads, d)) for kind in ("k_cache", "v_cache"))
-    k_heads, v_heads = (low.view(t, ("T", kv_heads, d)) for t in (k, v))
-    slots = low.input("slots", "int32", ("T",))
+    k_heads, v_heads = (low.view(t, (low.tokens, kv_heads, d)) for t in (k, v))
+    slots = low.input("slots", "int32", (low.tokens,))
     low.emit(node, "ReshapeAndCache", {}, [k_heads, v_heads, k_cache, v_cache, slots],
              outs=[k_cache, v_cache], suffix="cache")  # fmt: skip
     if low.phase == "prefill":
@@ -53,8 +53,8 @@ def attention_lower(node: Node, low: Lowering) -> None:
         return
     tables = low.input("block_tables", "int32", ("B", "M"))
     lengths = low.input("context_lens", "int32", ("B",), host=True)
-    ins = [low.view(q, ("T", heads, d)), k_cache, v_cache, tables, lengths]
-    low.emit(node, "PagedAttention", common, ins, shape=("T", heads, d))
+    ins = [low.view(q, ("B", heads, d)), k_cache, v_cache, tables, lengths]
+    low.emit(node, "PagedAttention", common, ins, shape=("B", heads, d))
 
 
 def flash_lower(node: Node, low: Lowering, common: dict, qkv: Sequence, width: int) -> None:

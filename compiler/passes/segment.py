@@ -61,20 +61,27 @@ def segment(graph: AtbGraph, layers_per_segment: int = 0) -> tuple[Segment, ...]
     segments: list[Segment] = []
     start = 0
     while start < len(groups):
-        best = None
-        for stop in range(start + 1, len(groups) + 1):
-            candidate = _localise(graph, groups[start:stop], last_use, stop)
-            layers = sum(label != "" for label, _ in groups[start:stop])
-            if (layers_per_segment and layers > layers_per_segment) or over_limit(candidate):
-                break
-            best = stop, candidate
-        if best is None:
-            raise DiagnosticError(
-                [_too_large(groups[start], _localise(graph, groups[start : start + 1], last_use, start + 1))]
-            )
-        start = best[0]
-        segments.append(best[1])
+        stop = _farthest(groups, start, layers_per_segment or len(groups))
+        part = _localise(graph, groups[start:stop], last_use, stop)
+        while over_limit(part) and stop > start + 1:
+            stop -= 1
+            part = _localise(graph, groups[start:stop], last_use, stop)
+        if over_limit(part):
+            raise DiagnosticError([_too_large(groups[start], part)])
+        start = stop
+        segments.append(part)
     return tuple(segments)
+
+
+def _farthest(groups: Sequence[tuple[str, list[AtbNode]]], start: int, max_layers: int) -> int:
+    """Where a segment from `start` ends at the latest, by nodes and layers alone; at least one group."""
+    nodes = layers = 0
+    for stop in range(start, len(groups)):
+        label, run = groups[stop]
+        nodes, layers = nodes + len(run), layers + (label != "")
+        if stop > start and (nodes > GRAPH_LIMITS["nodes"] or layers > max_layers):
+            return stop
+    return len(groups)
 
 
 def over_limit(part: Segment) -> str:
@@ -83,14 +90,14 @@ def over_limit(part: Segment) -> str:
 
 
 def _too_large(group: tuple[str, list[AtbNode]], part: Segment) -> Diagnostic:
-    kind = over_limit(part) or "layers"
+    kind = over_limit(part)
     label = group[0] or group[1][0].name
     return Diagnostic(
         code="E403",
         message=f"'{label}' alone does not fit in one ATB graph",
         place=group[1][0].place,
-        found=f"{part.counts.get(kind)} {kind}",
-        needed=f"at most {GRAPH_LIMITS.get(kind)}",
+        found=f"{part.counts[kind]} {kind}",
+        needed=f"at most {GRAPH_LIMITS[kind]}",
     )
 
 
