@@ -6,8 +6,8 @@ Enters the manifest's rope object and a head size; leaves `cos, sin`, each [posi
             "high_freq_factor": 4.0, "original_max_positions": 8192}}
     cos, sin = rope_tables(rope, head_dim=128, positions=8192, dtype=torch.float16)
 
-Frequencies are computed in float64 and rounded once to float32; angles, cos and sin are float32; the cast to the model's
-dtype is last.
+Frequencies are computed in float64 and rounded once to float32; angles, cos and sin are float32; the cast to the
+model's dtype is last.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def linear(theta: float, dim: int, scaling: Mapping[str, Any], positions: int) -
 def dynamic(theta: float, dim: int, scaling: Mapping[str, Any], positions: int) -> tuple[torch.Tensor, float]:
     """NTK-aware base, for the table's length.
 
-    transformers recomputes the base whenever a sequence outgrows the longest seen so far, which makes cached keys disagree
-    with new ones; a table has one base, so it is the one of the longest sequence that the table serves,
+    transformers recomputes the base whenever a sequence outgrows the longest seen so far, which makes cached keys
+    disagree with new ones; a table has one base, so it is the one of the longest sequence that the table serves,
     max(positions, original_max_positions).
     """
     factor, original = scaling["factor"], scaling["original_max_positions"]

@@ -6,7 +6,7 @@ A row's token depends on that row alone, so it is the same in every batch.
     params = SamplingParams(max_tokens=64, temperature=0.7, top_k=50, top_p=0.9, seed=1)
     tokens = Sampler().sample(logits, sequences)        # a Sequence is a SamplingState
 
-Order: repetition -> frequency -> presence -> temperature -> top-k -> top-p -> draw, as the server this project replaces.
+Order: repetition -> frequency -> presence -> temperature -> top-k -> top-p -> draw, as in the server replaced here.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class SamplingParams:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
-# Union of what the replaced server accepts (MindIE endpoint, infer_param.cpp) and the scripts' neutral defaults (top_p 0).
+# Union of what the old server accepts (MindIE endpoint, infer_param.cpp) and the scripts' neutral defaults (top_p 0).
 RANGES: tuple[tuple[str, str, Any], ...] = (
     ("max_tokens", "1 to 2147483647", lambda v: 1 <= v < 2**31),
     ("temperature", "at least 0", lambda v: v >= 0),
@@ -150,7 +150,7 @@ def penalise(logits: torch.Tensor, params: SamplingParams, token_ids: Sequence[i
 
 
 def keep(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """Temperature, top-k, top-p: [V] -> probabilities in falling order, which sum to 1, and their token ids; never none."""
+    """Temperature, top-k, top-p: [V] -> probabilities in falling order, which sum to 1, and their token ids."""
     scores, ids = torch.sort(logits.double() / params.temperature, descending=True, stable=True)
     if params.top_k > 0:
         scores, ids = scores[: params.top_k], ids[: params.top_k]
