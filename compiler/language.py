@@ -521,7 +521,7 @@ class Language(Reader):
     def read_support(self, value: Value | None) -> dict[str, dict[str, tuple]]:
         found: dict[str, dict[str, tuple]] = {}
         support = self.mapping(value, "support")
-        known = sorted({*DEVICES, *_hardware()})
+        known = known_devices()
         for device, item in support.items.items():
             if device not in known:
                 self.report.add("E101", f"support: unknown device '{device}'", support.keys[device],
@@ -589,9 +589,10 @@ class Language(Reader):
         return [re.compile(".*".join(map(re.escape, rule["nodes"].split("*")))) for rule, _ in self.policy]
 
 
-def _hardware() -> list[str]:
+def known_devices() -> list[str]:
+    """Devices that exist, whether or not this version compiles for them yet."""
     folder = os.path.join(source.GRAPHS, "hardware")
-    return [f.removesuffix(".yaml") for f in os.listdir(folder) if f.endswith(".yaml")]
+    return sorted({*DEVICES, *(f.removesuffix(".yaml") for f in os.listdir(folder) if f.endswith(".yaml"))})
 
 
 def _in_layers(name: str, layers: tuple[int, int]) -> bool:
