@@ -65,7 +65,7 @@ REFUSED_KEYS: Mapping[str, Any] = {
 }
 
 # Llama 3.1 to 3.3: (low_freq_factor, high_freq_factor, original_max_position_embeddings). A GGUF holds only the
-# resulting factors; they are recomputed from these and must agree (source: rope_scaling in the config.json of those models).
+# resulting factors; they are recomputed from these and must agree (source: config.json of those models).
 LLAMA3_ROPE = (1.0, 4.0, 8192)
 
 CHUNK_VALUES = 1 << 22  # values dequantised at once: 16 MiB of float32
@@ -258,7 +258,7 @@ def _llama3(
     if len(found) != len(expected) or any(abs(a - b) > 1e-5 * b for a, b in zip(found, expected, strict=True)):
         raise UserError(
             f"{path}: the table rope_freqs is not Llama 3.1's rule with low_freq_factor {low:g}, "
-            f"high_freq_factor {high:g}, original_max_position_embeddings {old}; its settings cannot be told from the file"
+            f"high_freq_factor {high:g}, original_max_position_embeddings {old}; its settings are unknown"
         )
     return {
         "rope_type": "llama3",
@@ -438,7 +438,9 @@ def _tokenizer_files(header: Header, config: Mapping[str, Any]) -> tuple[list[st
 
 
 def _tokenizer_json(header: Header) -> tuple[list[str], str]:
-    """transformers rebuilds the tokenizer; two splits that it gets wrong are put right (compared with llama.cpp)."""
+    """transformers rebuilds vocabulary, merges and special tokens; how text is split is put right here where it differs
+    from llama.cpp, which is what the file was made for (compared on texts with digits, spaces and special tokens).
+    """
     try:
         from transformers import AutoTokenizer
         from transformers.utils import logging as transformers_logging
@@ -446,7 +448,7 @@ def _tokenizer_json(header: Header) -> tuple[list[str], str]:
         raise UserError(
             "the tokenizer of a GGUF needs the transformers package", hint="pip install 'llmc[convert]'"
         ) from error
-    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
     kind, pre = header.meta.get("tokenizer.ggml.model"), header.meta.get("tokenizer.ggml.pre")
     logger = logging.getLogger("transformers")
@@ -462,7 +464,16 @@ def _tokenizer_json(header: Header) -> tuple[list[str], str]:
         logger.setLevel(level)
     tokenizer = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     notes = []
-    if kind == "gpt2":
+    if kind == "llama":
+        # As in Llama 2's own tokenizer.json: every stretch between special tokens gets a space in front.
+        prefix = header.meta.get("tokenizer.ggml.add_space_prefix", True)
+        spaces = [normalizers.Prepend("▁")] if prefix else []
+        tokenizer.normalizer = normalizers.Sequence([*spaces, normalizers.Replace(" ", "▁")])
+        tokenizer.pre_tokenizer = None
+        strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+        tokenizer.decoder = decoders.Sequence(steps)
+    elif kind == "gpt2":
         if pre == "smollm":  # each digit alone, then as GPT-2
             digits = pre_tokenizers.Digits(individual_digits=True)
             bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

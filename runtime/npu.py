@@ -1,8 +1,8 @@
 """Ascend NPUs: the only file that imports torch_npu and torch_atb.
 
 Enters: a device profile's environment variables and a rank. Leaves: the torch_atb module (what the generated
-`build(atb, ...)` takes) and a few calls on tensors. Variables are applied before the imports, because libatb and torch_npu read many of
-them once, while loading; a variable that the user has set keeps the user's value.
+`build(atb, ...)` takes) and a few calls on tensors. Variables are applied before the imports, because libatb
+and torch_npu read many of them once, while loading; a variable that the user has set keeps the user's value.
 
     atb = npu.load({"TASK_QUEUE_ENABLE": "1", "ATB_OPERATION_EXECUTE_ASYNC": "1"})
     npu.set_device(rank=0)
