@@ -176,23 +176,32 @@ def attend_int8(
     scale: float,
     qk_descale: Tensor,
     v_descale: Tensor,
-    p_steps: tuple[Tensor, Tensor] | None,
     bias: Tensor | None,
     dtype: torch.dtype,
+    p_steps: tuple[Tensor, Tensor] | None = None,
+    tile: int = 0,
 ) -> Tensor:
     """int8 q, k, v, scales per query head [N]. P becomes int8 too: by its row maximum, or by `p_steps` a head, the
-    step that divides P before rounding and the one that multiplies the sums.
+    factor of P before rounding and that of the sums. With `tile` P is rounded `tile` keys at a time, each against the
+    largest score so far, as the kernel does; that decides which integers come out.
 
     The integer sums stay below 2^24, so float32 holds them exactly."""
     s = scores(q, k) * (qk_descale.float() * scale).reshape(-1, 1, 1)
     if bias is not None:
         s = s + bias
-    p = torch.exp(s - s.amax(dim=-1, keepdim=True))
-    total = p.sum(dim=-1, keepdim=True)
+    descale = v_descale.float().reshape(-1, 1, 1)
     if p_steps is None:
-        down = up = p.amax(dim=-1, keepdim=True) / 127
-    else:
-        down, up = (step.float().reshape(-1, 1, 1) for step in p_steps)
-    p8 = torch.round(p / down).clamp(-128, 127)
-    factor = (v_descale.float().reshape(-1, 1, 1) * up / total).transpose(0, 1)
-    return (weighted(p8, v) * factor).to(dtype)
+        p = torch.exp(s - s.amax(dim=-1, keepdim=True))
+        step = p.amax(dim=-1, keepdim=True) / 127
+        factor = descale * step / p.sum(dim=-1, keepdim=True)
+        return (weighted(torch.round(p / step), v) * factor.transpose(0, 1)).to(dtype)
+    before, after = (step.float().reshape(-1, 1, 1) for step in p_steps)
+    top, total, out = torch.full_like(s[..., :1], float("-inf")), torch.zeros_like(s[..., :1]), torch.zeros(())
+    for start in range(0, s.shape[-1], tile or s.shape[-1]):
+        part = slice(start, start + (tile or s.shape[-1]))
+        higher = torch.maximum(top, s[..., part].amax(dim=-1, keepdim=True))
+        shrink, p = torch.exp(top - higher), torch.exp(s[..., part] - higher)
+        p8 = torch.round((p * before).half().float()).clamp(-128, 127)
+        out = out * shrink.transpose(0, 1) + weighted(p8, v[part])
+        top, total = higher, total * shrink + p.sum(dim=-1, keepdim=True)
+    return (out * (descale * after / total).transpose(0, 1)).to(dtype)

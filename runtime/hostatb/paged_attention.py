@@ -116,7 +116,7 @@ def _general(
     mask = _mask(named, seen)
     steps = None
     if "pScale" in named:  # unlike in SelfAttention it multiplies P, and vDescale holds the way back
-        steps = (1 / named["pScale"], torch.ones_like(named["pScale"]))
+        steps = (named["pScale"], torch.ones_like(named["pScale"]))
     dtype = TORCH_DTYPE[ACL_DTYPE[param.outDataType]] if qkv_quantised(param) else query.dtype
     v_size = param.mlaVHeadSize or _rows_nd(param, named["valueCache"], chip).shape[-1]
     out = query.new_zeros(query.shape[0], param.headNum, v_size, dtype=dtype)
@@ -129,7 +129,8 @@ def _general(
         if qkv_quantised(param):
             got = attend_int8(
                 rows, k, v, scale=param.qkScale, qk_descale=named["kDescale"], v_descale=named["vDescale"],
-                p_steps=steps, bias=bias, dtype=dtype,
+                p_steps=steps,
+                tile=block, bias=bias, dtype=dtype,
             )  # fmt: skip
         else:
             log_n = named.get("logN")

@@ -123,7 +123,7 @@ def _paged(param: Param, named: Mapping[str, Tensor], masks: Masks, chip: str) -
     k = key.view(kv_tokens, kv_heads(param), -1)
     v = k[..., : param.mlaVHeadSize] if param.mlaVHeadSize else named["value"].view(kv_tokens, kv_heads(param), -1)
     log_n = named.get("logN")
-    steps = (named["pScale"], named["pScale"]) if "pScale" in named else None
+    steps = (1 / named["pScale"], named["pScale"]) if "pScale" in named else None
     dtype = TORCH_DTYPE[ACL_DTYPE[param.outDataType]] if quantised(param) else query.dtype
     out = query.new_empty(tokens, param.headNum, v.shape[-1], dtype=dtype)
     q_start = kv_start = 0
