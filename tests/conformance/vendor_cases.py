@@ -64,7 +64,7 @@ def _row(file: str, number: int, cells: Mapping[str, str]) -> CaseRow:
         number=number,
         name=cells["CaseName"],
         op=cells["OpName"].removesuffix("Operation"),
-        param=json.loads(cells["OpParam"]),
+        param={name.strip(): value for name, value in json.loads(cells["OpParam"]).items()},
         ins=_descs(cells["InDType"], cells["InFormat"], cells["InShape"]),
         outs=_descs(cells["OutDType"], cells["OutFormat"], cells["OutShape"]),
         chips=tuple(chip for chip in MODELLED if chip in named or not named),
