@@ -156,7 +156,7 @@ def describe_weight(weight: Weight) -> dict[str, Any]:
 
 def _memory(weights: Mapping[str, Weight], caches: Mapping[str, AtbTensor]) -> dict[str, int]:
     """Bytes per rank: all weights (a tied one once), and the cache of one position of one sequence."""
-    unique = {(w.sources, w.type): w.type for w in weights.values()}
+    unique = {(tuple((s.tensor, s.rows) for s in w.sources), w.type): w.type for w in weights.values()}
     per_token = sum(_bytes(t.dtype, [d for d in t.shape if isinstance(d, int)]) for t in caches.values())
     blocks = {t.shape[1] for t in caches.values() if t.shape[0] == "N"}
     block_size = next((b for b in blocks if isinstance(b, int)), 1)

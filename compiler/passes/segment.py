@@ -47,8 +47,10 @@ class Segment:
     def code(self) -> tuple:
         """What the generated function depends on: equal for segments that share one function."""
         g = self.graph
+        layer = {label: k for k, label in enumerate(self.layers)}
         nodes = tuple(
-            (n.op, repr(n.param), n.ins, n.outs, tuple(n.views.items()), str(n.place), _group(n)) for n in g.nodes
+            (n.op, repr(n.param), n.ins, n.outs, tuple(n.views.items()), str(n.place), layer.get(_group(n)))
+            for n in g.nodes
         )
         return (g.inputs, g.outputs, nodes)
 

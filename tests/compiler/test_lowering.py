@@ -84,6 +84,8 @@ def described(graph: AtbGraph, node: AtbNode, symbols: dict[str, int]) -> dict[s
 def described_reference(node: dict[str, Any]) -> dict[str, Any]:
     known = {f.name for f in ATB[node["op"]].fields}
     param = {k: v for k, v in node["effective_param"].items() if k in known}
+    if param.get("splitDim", 0) < 0:  # -1 names the last axis, which we count from the front
+        param["splitDim"] += len(node["in_desc"][0][2])
     return {
         "op": node["op"],
         "param": plain(ATB[node["op"]].param(param)),
