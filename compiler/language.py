@@ -265,8 +265,17 @@ class Language(Reader):
             expected = self.rule_value(rule.items[kind], f"{what}.{kind}", kind)
             default = self.rule_value(rule.items["or"], f"{what}.or", kind) if "or" in rule.items else None
             if expected is not None:
-                rules[key] = Rule(value=expected, default=default, place=rule.items[kind].place)
+                rules[key] = Rule(value=expected, default=default, place=self.origin(rule.items[kind]).place)
         return rules
+
+    def origin(self, value: Value) -> Value:
+        """Where the number is said that a size's name stands for."""
+        for _ in range(MAX_NESTING):
+            named = self.size_defs.items.get(value.text) if isinstance(value, Scalar) else None
+            if named is None:
+                break
+            value = named
+        return value
 
     def rule_value(self, value: Value, what: str, kind: str) -> Number | bool | str | None:
         if kind == "text":
