@@ -13,6 +13,7 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -95,8 +96,10 @@ def _load(path: Path) -> Mapping[str, torch.Tensor]:
     import torch
 
     try:
-        # Files from before torch 1.6 are no zip archives and cannot be mapped; they are read whole.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; a file that cannot be read is an error below
+            # Files from before torch 1.6 are no zip archives and cannot be mapped; they are read whole.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         if wants := re.search(r"GLOBAL ([\w.]+)|unrecognized function (.+)", str(error)):
             raise UserError(

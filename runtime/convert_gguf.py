@@ -368,7 +368,8 @@ def _reader(tensor: gguf.ReaderTensor, dtype: str, order: numpy.ndarray | None) 
         import gguf
         import torch
 
-        rows = tensor.data.reshape(-1, tensor.data.shape[-1])  # [rows, bytes or values]
+        data = tensor.data  # [rows, bytes or values]; a vector is one row, but a permuted one (a bias) is many
+        rows = data.reshape(-1, data.shape[-1]) if order is None else data.reshape(len(order), -1)
         step = max(1, CHUNK_VALUES * len(rows) // tensor.n_elements)
         for start in range(0, len(rows), step):
             part = rows[start : start + step] if order is None else rows[order[start : start + step]]

