@@ -4,11 +4,11 @@
     attend(q, k, v, scale=0.125, causal=True)    # query i sees keys up to Lk - Lq + i
     decode(q, k_rows, v_rows, tables, block, lengths, scale=0.125)  # one query a sequence, caches in blocks of rows
 
-Scores, softmax and sums are float32 and the result is rounded once. The chips round P to 16 bit as well; that is left
-out, so the results here are at least as exact. Query head h reads kv head h / (N / Nk).
+Scores, softmax and sums are float32 and the result is rounded once. Query head h reads kv head h / (N / Nk).
 
-PyTorch's fused kernel does the common cases. One query token (decode) keeps 16-bit keys and values: widening them would
-double the memory traffic that decode consists of, and the fused kernel accumulates in float32 anyway.
+PyTorch's fused kernel does the common cases. One query token (decode) keeps 16-bit keys and values: widening them doubles
+the time, and decode consists of reading them. The fused kernel then rounds P to 16 bit before the second product, as the
+chips do; everything with more than one query token is widened and does not round P.
 """
 
 from __future__ import annotations
@@ -60,11 +60,6 @@ def attend(
     return round_to(out[0].transpose(0, 1), q.dtype, chip)
 
 
-SHORT = (
-    256  # up to this many keys a batch is faster as one padded call than as one call a sequence (measured, 1 thread)
-)
-
-
 def decode(
     q: Tensor,
     k_rows: Tensor,
@@ -80,16 +75,12 @@ def decode(
     batch, heads, size = q.shape
     kv_heads = k_rows.shape[1]
     grouped = q.view(batch, kv_heads, heads // kv_heads, size)
-    longest = max(lengths)
-    if batch > 1 and longest <= SHORT:
-        k, v, seen = _padded(k_rows, v_rows, tables, block, lengths, longest)
-        return scaled_dot_product_attention(grouped, k, v, attn_mask=seen, scale=scale).reshape(batch, heads, size)
-    out = torch.empty_like(grouped)
+    parts = []
     for b, length in enumerate(lengths):
-        k, v = (_sequence(rows, tables[b], block, length) for rows in (k_rows, v_rows))
-        one = grouped[b : b + 1]
-        out[b] = scaled_dot_product_attention(one, k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale=scale)[0]
-    return out.view(batch, heads, size)
+        k = _sequence(k_rows, tables[b], block, length).transpose(0, 1)[None]
+        v = _sequence(v_rows, tables[b], block, length).transpose(0, 1)[None]
+        parts.append(scaled_dot_product_attention(grouped[b : b + 1], k, v, scale=scale))
+    return (torch.cat(parts) if batch > 1 else parts[0]).reshape(batch, heads, size)
 
 
 def _sequence(rows: Tensor, table: Sequence[int], block: int, length: int) -> Tensor:
@@ -100,24 +91,6 @@ def _sequence(rows: Tensor, table: Sequence[int], block: int, length: int) -> Te
         return rows[first * block : first * block + length]
     ids = torch.tensor(used, device=rows.device)
     return rows.unflatten(0, (-1, block)).index_select(0, ids).flatten(0, 1)[:length]
-
-
-def _padded(
-    k_rows: Tensor, v_rows: Tensor, tables: Sequence[Sequence[int]], block: int, lengths: Sequence[int], longest: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """[B, Nk, longest, D] twice, and which keys are real. Padding repeats a sequence's first row: a row that nobody
-    wrote could hold NaN, which a mask does not stop."""
-    blocks = -(-longest // block)
-    starts = torch.tensor([[*t[:blocks], *[t[0]] * (blocks - len(t))] for t in tables], device=k_rows.device) * block
-    positions = torch.arange(longest, device=k_rows.device)
-    rows = starts[:, positions // block] + positions % block
-    seen = None
-    if min(lengths) < longest:
-        seen = positions < torch.tensor(lengths, device=k_rows.device)[:, None]
-        rows = torch.where(seen, rows, starts[:, :1])
-        seen = seen[:, None, None]
-    k, v = (x.index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2) for x in (k_rows, v_rows))
-    return k, v, seen
 
 
 def causal_bias(q_len: int, kv_len: int, device: torch.device, window: int = 0) -> Tensor:

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from llmc.compiler.atb.cache import KV_INPUTS, NO_COMPRESS, caches, inputs
+from llmc.compiler.atb.cache import KV_INPUTS, NO_COMPRESS, inputs
 from llmc.compiler.atb.core import AtbError, Desc, Param
 from llmc.runtime.hostatb.numeric import Kernel
 from torch import Tensor
+
+PAIRS = (("key", "keyCache"), ("value", "valueCache"))
 
 
 def refuse(message: str, found: object, expected: object) -> AtbError:
@@ -23,35 +25,39 @@ def reshape_and_cache(param: Param, tensors: Sequence[Tensor], descs: Sequence[D
     names = inputs(param)
     named = dict(zip(names, tensors, strict=True))
     slots = named["slots"].long()
-    pairs = (("key", "keyCache"), ("value", "valueCache"))
-    for new, name in pairs:
-        if name in named:
-            cache = named[name]
-            nz = descs[names.index(name)].format == "nz"
-            if param.compressType != NO_COMPRESS:
-                _write_compressed(named, named[new], cache, slots)
-            else:
-                _write(named[new], cache, slots, nz)
-    return [tensors[index] for _, index in sorted(caches(param).items())]
+    written = [(named[new], named[name], names.index(name)) for new, name in PAIRS if name in named]
+    if param.compressType != NO_COMPRESS:
+        for new, cache, _ in written:
+            _write_compressed(named, new, cache, slots)
+        return [cache for _, cache, _ in written]
+    nz = descs[written[0][2]].format == "nz"
+    first = written[0][1]
+    kept = _checked(slots, written[0][0].shape[0], first.shape[0] * first.shape[2 if nz else 1])
+    for new, cache, _ in written:
+        if kept is None:
+            _write(new, cache, slots, nz)
+        else:
+            _write(new[kept], cache, slots[kept], nz)
+    return [cache for _, cache, _ in written]
+
+
+def _checked(slots: Tensor, tokens: int, total: int) -> Tensor | None:
+    """Refuses a slot beyond the cache. Negative slots are skipped: then which tokens are kept, else None."""
+    if slots.numel() != tokens:
+        raise refuse("one slot a token", slots.numel(), tokens)
+    low, high = slots.min().item(), slots.max().item()
+    if high >= total:
+        raise refuse("slot beyond the cache", high, f"below {total}")
+    return slots >= 0 if low < 0 else None
 
 
 def _write(new: Tensor, cache: Tensor, slots: Tensor, nz: bool) -> None:
-    """Token t goes to slot = block * blockSize + offset; a negative slot is skipped."""
-    block = cache.shape[2] if nz else cache.shape[1]
-    total = cache.shape[0] * block
-    if slots.numel() != new.shape[0]:
-        raise refuse("one slot a token", slots.numel(), new.shape[0])
-    low, high = slots.aminmax()
-    if high >= total:
-        raise refuse("slot beyond the cache", int(high), f"below {total}")
-    if low < 0:
-        kept = slots >= 0
-        new, slots = new[kept], slots[kept]
+    """Token t goes to slot = block * blockSize + offset."""
     if nz:  # [blocks, Nk * D / n0, blockSize, n0]
-        rows = new.reshape(new.shape[0], cache.shape[1], cache.shape[3]).to(cache.dtype)
-        cache[slots // block, :, slots % block] = rows
+        block = cache.shape[2]
+        cache[slots // block, :, slots % block] = new.reshape(new.shape[0], cache.shape[1], cache.shape[3])
         return
-    cache.flatten(0, 1).index_copy_(0, slots, new.to(cache.dtype))
+    cache.flatten(0, 1).index_copy_(0, slots, new)
 
 
 def _write_compressed(named: dict[str, Tensor], new: Tensor, cache: Tensor, slots: Tensor) -> None:

@@ -291,6 +291,10 @@ def _append(new: Tensor, cache: Tensor, running: Sequence[int], totals: Sequence
     rows = new.reshape(-1, *cache.shape[2:])
     if sum(new_lens[batch] for batch in running) > rows.shape[0]:
         raise refuse("seqLen sums up to more than the tokens of key and value", list(new_lens), rows.shape[0])
+    if len(running) > 1 and all(new_lens[batch] == 1 for batch in running):  # one write instead of one a sequence
+        places = torch.tensor([[batch, (totals[batch] - 1) % cache.shape[1]] for batch in running], device=cache.device)
+        cache[places[:, 0], places[:, 1]] = rows[: len(running)]
+        return
     start = 0
     for batch in running:
         count, end = new_lens[batch], totals[batch]
