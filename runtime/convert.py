@@ -116,7 +116,7 @@ def add_convert_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where to write; default: .bin next to the .bin files, .gguf in a directory of its name",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="cast float tensors; default: .bin as stored, .gguf see docs")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the result (default: as stored; GGUF blocks: float16)")
     parser.add_argument("--force", action="store_true", help="replace weights that are already in the output directory")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
 

@@ -51,7 +51,8 @@ def demo(args: argparse.Namespace) -> int:
 
     parser = argparse.ArgumentParser()
     add_run_flags(parser)
-    flags = ["--model-path", str(weights), "--input-text", args.question]
+    # With "=" a question may start with a dash.
+    flags = ["--model-path", str(weights), f"--input-text={args.question}", "--chat", "--stream"]
     return run(parser.parse_args([*flags, "--max-output-length", str(args.max_output_length)]))
 
 

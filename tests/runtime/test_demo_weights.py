@@ -158,25 +158,19 @@ def test_demo_asks_the_ordinary_run_command(tmp_path, monkeypatch):
     ready = tmp_path / demo_module.DIRECTORY
     ready.mkdir()
     (ready / "config.json").write_text("{}")
-    seen = []
-    flags = types.ModuleType("llmc.runtime.flags")
-
-    def add_run_flags(parser: argparse.ArgumentParser) -> None:
-        for name in ("--model-path", "--input-text", "--max-output-length"):
-            parser.add_argument(name)
-
-    flags.add_run_flags = add_run_flags  # type: ignore[attr-defined]
+    seen = {}
     command = types.ModuleType("llmc.runtime.run")
 
     def run(args: argparse.Namespace) -> int:
-        seen.append(vars(args))
+        seen.update(vars(args))
         return 3
 
     command.run = run  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "llmc.runtime.flags", flags)
     monkeypatch.setitem(sys.modules, "llmc.runtime.run", command)
 
     parser = argparse.ArgumentParser()
     add_demo_flags(parser)
-    assert demo(parser.parse_args(["--cache-dir", str(tmp_path), "Why?", "--max_output_length", "5"])) == 3
-    assert seen == [{"model_path": str(ready), "input_text": "Why?", "max_output_length": "5"}]
+    assert demo(parser.parse_args(["--cache-dir", str(tmp_path), "--max_output_length", "5", "--", "-1 + 1?"])) == 3
+    expected = {"model_path": str(ready), "input_text": ["-1 + 1?"], "max_output_length": 5}
+    assert expected.items() <= seen.items()
+    assert (seen["is_chat_model"], seen["stream"]) == (True, True)
