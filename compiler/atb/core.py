@@ -74,8 +74,10 @@ class Desc:
         return Desc(dtype=self.dtype, shape=tuple(shape), format=self.format)
 
 
-class AtbError(Exception):
-    """What libatb would refuse, with its code and stage ("create", "infer", "setup", "execute")."""
+class AtbError(RuntimeError):
+    """What libatb would refuse, with its code and stage ("create", "infer", "setup", "execute").
+
+    A RuntimeError, because that is what torch_atb raises in its place."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """Kernels of RmsNorm and LayerNorm (atb-operations.md 3.5, 3.6); the contract is in `numeric.py`.
 
-Everything is computed in fp32 and rounded once; the exceptions (HIGH_PERFORMANCE, int8 PRENORM) work in fp16 and say so.
+Everything is computed in fp32 and rounded once; HIGH_PERFORMANCE and int8 PRENORM work in 16 bit, as said there.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
@@ -30,7 +31,7 @@ from llmc.runtime.hostatb import (
     sampling,
     shape,
 )
-from llmc.runtime.hostatb.numeric import TORCH_DTYPE, Kernel, desc_of
+from llmc.runtime.hostatb.numeric import TORCH_DTYPE, Kernel, desc_of, format_of, set_format
 from llmc.runtime.hostatb.params import ParamStruct
 from torch import Tensor
 
@@ -64,6 +65,11 @@ class Plan:
 
     outs: tuple[Desc, ...]
     run: Callable[[Sequence[Tensor]], list[Tensor]]
+
+    @cached_property
+    def marked(self) -> tuple[int, ...]:
+        """Outputs in another format than ND, whose tensors must say so."""
+        return tuple(index for index, desc in enumerate(self.outs) if desc.format != "nd")
 
 
 class Core(Protocol):
@@ -203,23 +209,40 @@ class Operation:
 
     def forward(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """InferShape, fresh outputs, Setup, Execute. Checks run when a tuple of descs is met for the first time."""
-        key = tuple((t.shape, t.dtype, getattr(t, "_atb_format", "nd"), t.is_cuda, t.is_contiguous()) for t in tensors)
+        core = self.core
+        try:
+            key = tuple([(t.shape, t.dtype, format_of(t), t.is_cuda, t.is_contiguous()) for t in tensors])
+        except AttributeError:
+            check_tensors(core, tensors)
+            raise
         plan = self._plans.get(key)
+        new = plan is None
         if plan is None:
-            if len(self._plans) >= MAX_PLANS:
-                self._plans.pop(next(iter(self._plans)))
-            plan = self._plans[key] = self._checked_plan(tensors)
+            check_tensors(core, tensors)
+            plan = core.plan([desc_of(t) for t in tensors])
         if not all(k[4] for k in key):
             tensors = [t.contiguous() for t in tensors]
         started = perf_counter()
         outputs = plan.run(tensors)
-        Prof.record(self.core.name, perf_counter() - started)
+        Prof.record(core.name, perf_counter() - started)
+        for index in plan.marked:
+            set_format(outputs[index], plan.outs[index].format)
+        if new:
+            check_outputs(core, plan, outputs)
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[key] = plan
         return outputs
 
-    def _checked_plan(self, tensors: Sequence[Tensor]) -> Plan:
-        core = self.core
-        check_tensors(core, tensors)
-        return core.plan([desc_of(t) for t in tensors])
+
+def check_outputs(core: Core, plan: Plan, outputs: Sequence[Tensor]) -> None:
+    """A kernel that does not give what the table inferred is a mistake of this package."""
+    found = [desc_of(t) for t in outputs]
+    if found != list(plan.outs):
+        raise AtbError(
+            "ERROR_INTERNAL_ERROR", "a kernel's outputs are not as inferred; please report",
+            found="; ".join(map(str, found)), expected="; ".join(map(str, plan.outs)), stage="execute",
+        ).at(operation=core.name)  # fmt: skip
 
 
 def check_tensors(core: Core, tensors: Sequence[Any]) -> None:

@@ -34,7 +34,7 @@ def _rows_of_tokens(param: Param, cos: Tensor, sin: Tensor, lengths: Tensor, tok
                            expected=str(tokens), tensor="input 4", stage="execute")  # fmt: skip
         needed, rows = max(counts), torch.cat([torch.arange(n, device=cos.device) for n in counts])
     if cos.shape[0] < needed:
-        raise AtbError("ERROR_INVALID_TENSOR_SIZE", "cos and sin have too few rows; the library would read other memory",
+        raise AtbError("ERROR_INVALID_TENSOR_SIZE", "cos and sin have too few rows; the library would read beyond",
                        found=f"{cos.shape[0]} rows", expected=f"at least {needed}", tensor="input 2",
                        stage="execute")  # fmt: skip
     return (cos[:tokens], sin[:tokens]) if rows is None else (cos[rows], sin[rows])

@@ -23,6 +23,7 @@ from llmc.compiler.atb.core import AtbError, AtbOp, Desc, Field
 DATA = Path(__file__).parents[3] / "shared" / "data"
 CASES = Path(os.environ.get("LLMC_ATB_CASES", DATA / "atb-cases"))
 GOLDEN = Path(os.environ.get("LLMC_ATB_GOLDEN", DATA / "atb-golden"))
+LAYERS = Path(os.environ.get("LLMC_ATB_LAYERS", DATA / "atb-layers"))
 MODELLED = ("Ascend910B", "Ascend310P")
 STAGES = {"create": "C", "infer": "I", "setup": "S", "execute": "E"}
 DTYPES = {"float": "float32", "bf16": "bfloat16"}

@@ -1,0 +1,115 @@
+"""Decoder-layer graphs that the vendor's host library accepted: parameters, inferred descs and whole graphs agree.
+
+The format of the files is described in the README of the data folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llmc.compiler.atb import OPS
+from llmc.compiler.atb.core import Desc, Param
+from llmc.runtime.hostatb.graph import GraphBuilder
+from llmc.runtime.hostatb.operation import Operation, Single
+from vendor_cases import DTYPES, LAYERS
+
+pytestmark = pytest.mark.torch
+
+NOT_GRAPHS = ("refusals.json", "masks.json", "segments.json")
+FILES = sorted(path for path in LAYERS.glob("*.json") if path.name not in NOT_GRAPHS)
+GROUPS = sorted({"-".join(path.name.split("-")[:2]) for path in FILES})  # "910b-paged"
+PRINTED_NAMES = {"local_expert_nums": "localExpertNums"}  # as the library prints them
+UNSET = (None, 0)  # hcclComm: a null pointer prints as 0
+
+
+def _graphs(group: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for path in FILES:
+        if path.name.startswith(group + "-"):
+            yield path, json.loads(path.read_text(encoding="utf-8"))
+
+
+def _chip(graph: Mapping[str, Any]) -> str:
+    return "Ascend910B" if graph["soc"].startswith("Ascend910B") else "Ascend310P"
+
+
+def _desc(dtype: str, format: str, shape: list[int]) -> Desc:
+    return Desc(dtype=DTYPES.get(dtype, dtype), format=format, shape=tuple(shape))
+
+
+def _values(param: Param) -> dict[str, Any]:
+    """All leaves by their own name: LinearParallel prints nested structs flat."""
+    found: dict[str, Any] = {}
+    for name, value in vars(param).items():
+        found.update(_values(value) if isinstance(value, Param) else {name: value})
+        found[name] = value
+    return found
+
+
+def _differences(printed: Mapping[str, Any], ours: Param) -> list[str]:
+    values = _values(ours)
+    texts = []
+    for printed_name, theirs in printed.items():
+        name = PRINTED_NAMES.get(printed_name, printed_name)
+        mine = values.get(name, "missing")
+        if isinstance(theirs, Mapping):
+            texts += [f"{name}.{text}" for text in _differences(theirs, mine)]
+        elif isinstance(theirs, float) and isinstance(mine, (int, float)):
+            texts += [] if math.isclose(theirs, mine, rel_tol=1e-6) else [f"{name}: {mine} instead of {theirs}"]
+        elif list(mine) != theirs if isinstance(theirs, list) else mine != theirs and {mine, theirs} != set(UNSET):
+            texts.append(f"{name}: {mine} instead of {theirs}")
+    return texts
+
+
+@pytest.mark.skipif(not FILES, reason=f"no layer graphs in {LAYERS}; set LLMC_ATB_LAYERS")
+@pytest.mark.parametrize("group", GROUPS)
+def test_parameters_hold_what_the_library_holds(group: str) -> None:
+    wrong = []
+    for path, graph in _graphs(group):
+        for number, node in enumerate(graph["nodes"]):
+            param = OPS[node["op"]].param(node["param"])
+            wrong += [f"{path.name} node {number} {node['op']}: {text}"
+                      for text in _differences(node["effective_param"], param)]  # fmt: skip
+    assert not wrong, "\n".join(wrong[:20])
+
+
+@pytest.mark.skipif(not FILES, reason=f"no layer graphs in {LAYERS}; set LLMC_ATB_LAYERS")
+@pytest.mark.parametrize("group", GROUPS)
+def test_whole_graphs_are_accepted_with_the_librarys_descs(group: str) -> None:
+    """Nodes one by one, then the graph: build, InferShape and Setup."""
+    for path, graph in _graphs(group):
+        chip = _chip(graph)
+        for number, node in enumerate(graph["nodes"]):
+            single = Single(OPS[node["op"]], OPS[node["op"]].param(node["param"]), chip)
+            outs = single.check([_desc(*desc) for desc in node["in_desc"]])
+            assert outs == [_desc(*desc) for desc in node["out_desc"]], f"{path.name} node {number} {node['op']}"
+        operation, descs = _built(graph, chip)
+        outs = list(operation.core.plan(descs).outs)
+        expected = [_desc(d["dtype"], d["format"], d["shape"]) for d in graph["graph_out"].values()]
+        assert outs == expected, path.name
+
+
+def _built(graph: Mapping[str, Any], chip: str) -> tuple[Operation, list[Desc]]:
+    """The graph through GraphBuilder. A CPU tensor has host data only, so Rope gets its own copy of the lengths."""
+    inputs = {name: _desc(d["dtype"], d["format"], d["shape"]) for name, d in graph["inputs"].items()}
+    builder = GraphBuilder("layer")
+    nodes = []
+    for number, node in enumerate(graph["nodes"]):
+        ins = list(node["in"])
+        if node["op"] == "Rope" and ins[4] in inputs:
+            inputs.setdefault(f"{ins[4]}_of_rope", inputs[ins[4]])
+            ins[4] = f"{ins[4]}_of_rope"
+        nodes.append((number, node, ins))
+    builder.set_input_output(list(inputs), list(graph["outputs"]))
+    for number, node, ins in nodes:
+        for index, shape in node.get("reshape", {}).items():
+            view = f"{ins[int(index)]}_view{number}_{index}"
+            builder.reshape(ins[int(index)], lambda old, shape=shape: list(shape), view)
+            ins[int(index)] = view
+        single = Single(OPS[node["op"]], OPS[node["op"]].param(node["param"]), chip)
+        builder.add_operation(Operation.of(single), ins, node["out"])
+    return builder.build(), list(inputs.values())
