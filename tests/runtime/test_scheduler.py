@@ -17,7 +17,7 @@ def sequence(prompt: int, answer: int = 4) -> Sequence:
 
 
 def run_all(scheduler: Scheduler, waves: list[list[Sequence]], max_steps: int = 2000) -> list:
-    """Drive the scheduler as the engine does; a wave arrives each step. Returns the batches, with lengths as they ran."""
+    """Drive the scheduler as the engine does, a wave a step. Returns the batches, with lengths as they ran."""
     batches, waves = [], list(waves)
     while scheduler.busy or waves:
         for seq in waves.pop(0) if waves else []:

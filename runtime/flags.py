@@ -1,0 +1,268 @@
+"""The flags of `llmc run`: one table, both spellings, no torch.
+
+Enters an argparse parser; leaves it with the flags of the original `run_fa.py` and `run_pa.py`, and some of ours.
+
+    add_run_flags(parser)
+    parser.parse_args(["--model_path", "w", "--max-output-length", "64"]).max_output_length      # 64
+
+A flag that this program cannot honour is accepted with its neutral value; other values are refused with a reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmc.compiler.diagnostics import UserError
+
+DEFAULT_QUESTION = "What's deep learning?"
+
+
+def positive(text: str) -> int:
+    return _integer(text, at_least=1, want="a whole number of at least 1")
+
+
+def whole(text: str) -> int:
+    return _integer(text, at_least=-1, want="a whole number (-1 means: not given)")
+
+
+def _integer(text: str, *, at_least: int, want: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = at_least - 1
+    if value < at_least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {want}")
+    return value
+
+
+def true_or_false(text: str) -> bool:
+    """The old scripts read "False" as true; here it means false."""
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return values[text.lower()]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One row. `type` None: a switch. `many`: one or more values. `bare`: what the flag means without a value."""
+
+    name: str
+    type: Callable[[str], Any] | None
+    default: Any
+    help: str
+    source: str
+    many: bool = False
+    bare: Any = None
+    aliases: tuple[str, ...] = ()
+
+
+SEED, PA, FA, OURS = "seed 1.4", "run_pa", "run_fa", "llmc"  # mindie-stack reference sections 1.4, 2.1, 2.2/2.3
+PARALLEL = ("dp", "pp", "sp", "cp", "moe_tp", "moe_ep", "microbatch_size")
+RUN_FLAGS: tuple[Flag, ...] = (
+    # model
+    Flag("model_path", str, None, "checkpoint directory: config.json, safetensors, tokenizer", SEED),
+    Flag("graph", str, None, "YAML of the variant, or its name (default: found from config.json)", OURS),
+    Flag("artifact", str, None, "directory written by `llmc compile`; nothing is compiled then", OURS),
+    Flag("device", str, "host", "host (default) or atlas-800i-a2: what the code is compiled for", OURS),
+    Flag("torch_device", str, None, "where tensors live: cpu, cuda:0, npu:0 (default: the device's)", OURS),
+    Flag("dtype", str, None, "float16, bfloat16, on host also float32 (default: the checkpoint's)", OURS),
+    Flag("is_bf16", None, False, "the same as --dtype bfloat16", SEED),
+    Flag("attention", str, None, "paged (default) or flash", OURS),
+    Flag(
+        "is_flash_causal_lm",
+        true_or_false,
+        None,
+        "True: paged, False: flash (the old scripts' meaning)",
+        SEED,
+        bare=True,
+    ),
+    Flag(
+        "is_flash_model",
+        true_or_false,
+        None,
+        "bare or False: flash, True: paged (the old scripts' meaning)",
+        PA,
+        bare=False,
+    ),
+    Flag("max_position_embeddings", positive, None, "longest sequence (default and at most: the model's)", PA),
+    Flag("tp", whole, 1, "ranks of tensor parallelism", PA),
+    # input
+    Flag(
+        "input_text",
+        str,
+        None,
+        f"one or more questions (default: {DEFAULT_QUESTION!r})",
+        SEED,
+        many=True,
+        aliases=("input_texts",),
+    ),
+    Flag("input_ids", str, None, "one or more prompts as comma-separated token ids", PA, many=True),
+    Flag("input_file", str, None, "prompts: .jsonl or text lines; token ids: .csv or .npy", SEED),
+    Flag("is_chat_model", None, False, "wrap the prompts in the chat template", PA, aliases=("chat",)),
+    Flag("chat_template", str, None, "a Jinja file or the template itself, instead of the checkpoint's", PA),
+    Flag("system", str, None, "system message for --chat", OURS),
+    Flag(
+        "max_input_length", positive, None, "longer prompts are cut to their first tokens (default: none is cut)", SEED
+    ),
+    Flag("max_output_length", positive, 20, "most tokens to generate", SEED),
+    # batch and cache
+    Flag(
+        "batch_size",
+        positive,
+        None,
+        "one prompt is repeated so often; with several their count is the batch",
+        SEED,
+        aliases=("max_batch_size",),
+    ),
+    Flag("max_prefill_batch_size", whole, None, "accepted; the prefill budget decides", PA),
+    Flag("max_prefill_tokens", whole, -1, "most prompt tokens in one prefill (default: all prompts of the batch)", PA),
+    Flag("block_size", positive, 128, "tokens in a block of the paged cache; the code is compiled for 128", PA),
+    Flag("num_blocks", positive, None, "blocks of the paged cache (default: enough for the batch)", OURS),
+    # sampling
+    Flag("temperature", float, None, "above 0; 0 is greedy (default 1.0)", PA),
+    Flag("top_k", int, None, "1 is greedy, 0 or -1 off (default: 1, or 0 when other sampling flags ask to sample)", PA),
+    Flag("top_p", float, None, "within 0 and 1; 0 and 1 are off (default 0.0)", PA),
+    Flag("do_sample", true_or_false, None, "False: greedy whatever else; True: sample", FA, bare=True),
+    Flag("seed", int, None, "of the random draws; repeatable output", OURS),
+    Flag("repetition_penalty", float, 1.0, "above 0; 1 is off", PA),
+    Flag("presence_penalty", float, 0.0, "-2 to 2", PA),
+    Flag("frequency_penalty", float, 0.0, "-2 to 2", PA),
+    Flag("stop", str, None, "strings that end an answer; they are not printed", OURS, many=True),
+    Flag("ignore_eos", None, False, "always generate max_output_length tokens", PA),
+    # output
+    Flag("stream", None, False, "print text as it comes (one prompt)", OURS),
+    Flag("json", None, False, "one JSON object on stdout and nothing else", OURS),
+    Flag("quiet", None, False, "no progress bar", OURS),
+    # accepted for old command lines
+    Flag("use_refactor", true_or_false, None, "accepted and ignored: there is one code path", SEED, bare=True),
+    Flag("enable_atb_torch", None, False, "accepted and ignored: there is one code path", PA),
+    Flag("load_tokenizer", true_or_false, True, "False: --input-ids only, ids instead of text", PA, bare=True),
+    Flag("num_beams", int, 1, "1: beam search is not offered", PA),
+    Flag("length_penalty", float, 1.0, "1.0: it belongs to beam search", PA),
+    Flag("min_length", int, None, "accepted and ignored, as in run_fa", FA),
+    Flag("quantize", str, None, "not offered yet", PA),
+    Flag("trust_remote_code", None, False, "refused: no code of a checkpoint is run", PA),
+    Flag("is_embedding_model", None, False, "refused: this program generates text", PA),
+    Flag("distributed_enable", None, False, "refused: one host", PA),
+    *(Flag(name, whole, -1, "-1 or 1: not offered", PA) for name in PARALLEL),
+    Flag("lora_modules", str, None, "refused: LoRA is not offered", PA),
+    Flag("kw_args", str, "", "accepted when empty", PA),
+)
+
+# Values that can be honoured; anything else is refused. name -> (values, reason)
+NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "num_beams": ((1,), "beam search is not offered; use sampling (--temperature, --top-k, --top-p)"),
+    "length_penalty": ((1.0,), "it belongs to beam search, which is not offered"),
+    "block_size": ((128,), "the generated code works on cache blocks of 128 tokens"),
+    "quantize": ((None,), "quantised checkpoints are not offered yet"),
+    "trust_remote_code": ((False,), "code of a checkpoint is never run"),
+    "is_embedding_model": ((False,), "this program generates text"),
+    "distributed_enable": ((False,), "this program runs on one host"),
+    "tp": ((-1, 1), "tensor parallelism is not offered yet; run with one rank"),
+    "lora_modules": ((None,), "LoRA is not offered"),
+    "kw_args": (("", "{}"), "no extra arguments are known"),
+    **dict.fromkeys(PARALLEL, ((-1, 1), "this kind of parallelism is not offered")),
+}
+
+
+def spellings(name: str) -> list[str]:
+    """ "max_output_length" -> --max-output-length, --max_output_length"""
+    return list(dict.fromkeys(["--" + name.replace("_", "-"), "--" + name]))
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    for flag in RUN_FLAGS:
+        words = [word for name in (flag.name, *flag.aliases) for word in spellings(name)]
+        about = flag.help.replace("%", "%%")
+        if flag.type is None:
+            parser.add_argument(*words, dest=flag.name, action="store_true", help=about)
+            continue
+        more: dict[str, Any] = {"nargs": "+"} if flag.many else {}
+        if flag.bare is not None:
+            more = {"nargs": "?", "const": flag.bare}
+        metavar = "VALUE" if flag.type is not str else "TEXT"
+        parser.add_argument(
+            *words, dest=flag.name, type=flag.type, default=flag.default, metavar=metavar, help=about, **more
+        )
+
+
+def add_demo_flags(parser: argparse.ArgumentParser) -> None:
+    from llmc.runtime import demo
+
+    demo.add_demo_flags(parser)
+
+
+def add_convert_flags(parser: argparse.ArgumentParser) -> None:
+    from llmc.runtime import convert
+
+    convert.add_convert_flags(parser)
+
+
+def check_run_flags(args: argparse.Namespace) -> None:
+    """Refuse what cannot be honoured, and flags that contradict each other: all at once."""
+    problems = [
+        f"{spellings(name)[0]} {getattr(args, name)}: {reason}"
+        for name, (values, reason) in NEUTRAL.items()
+        if getattr(args, name) not in values
+    ]
+    if not args.model_path:
+        problems.append("--model-path is needed: the checkpoint directory")
+    given = [name for name in ("input_text", "input_ids", "input_file") if getattr(args, name) is not None]
+    if len(given) > 1:
+        problems.append(f"{' and '.join(spellings(n)[0] for n in given)} cannot be used together")
+    for chosen in (dtype_of, attention_of):
+        try:
+            chosen(args)
+        except UserError as error:
+            problems.append(error.message)
+    if problems:
+        raise UserError("\n".join(["llmc run cannot do this:", *(f"  {p}" for p in problems)]))
+
+
+def dtype_of(args: argparse.Namespace) -> str | None:
+    """The dtype asked for, None for the checkpoint's."""
+    if args.is_bf16 and args.dtype not in (None, "bfloat16"):
+        raise UserError(f"--is-bf16 contradicts --dtype {args.dtype}")
+    return "bfloat16" if args.is_bf16 else args.dtype
+
+
+def attention_of(args: argparse.Namespace) -> str:
+    """paged or flash. In the old scripts "flash causal LM" was the name of the paged model."""
+    said: dict[str, str] = {}
+    if args.attention is not None:
+        if args.attention not in ("paged", "flash"):
+            raise UserError(f"--attention {args.attention}: expected paged or flash")
+        said["--attention"] = args.attention
+    for name in ("is_flash_causal_lm", "is_flash_model"):
+        if getattr(args, name) is not None:
+            said[spellings(name)[0]] = "paged" if getattr(args, name) else "flash"
+    if len(set(said.values())) > 1:
+        raise UserError("contradiction: " + ", ".join(f"{flag} asks for {kind}" for flag, kind in said.items()))
+    return next(iter(said.values()), "paged")
+
+
+def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The keyword arguments of `SamplingParams`.
+
+    The scripts' defaults (temperature 1, top_k 1, top_p 0) are greedy, and stay so. A flag that only makes sense when
+    sampling lifts the default of top_k, not a top_k that the user gave.
+    """
+    wants = args.do_sample or args.seed is not None or args.temperature not in (None, 0.0, 1.0)
+    wants = wants or args.top_p not in (None, 0.0, 1.0)
+    top_k = args.top_k if args.top_k is not None else (0 if wants else 1)
+    return {
+        "max_tokens": args.max_output_length,
+        "temperature": 1.0 if args.temperature is None else args.temperature,
+        "top_k": 1 if args.do_sample is False else top_k,
+        "top_p": args.top_p or 0.0,
+        "repetition_penalty": args.repetition_penalty,
+        "presence_penalty": args.presence_penalty,
+        "frequency_penalty": args.frequency_penalty,
+        "seed": args.seed,
+        "stop": tuple(args.stop or ()),
+        "ignore_eos": args.ignore_eos,
+    }
