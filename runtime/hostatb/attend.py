@@ -6,9 +6,9 @@
 
 Scores, softmax and sums are float32 and the result is rounded once. Query head h reads kv head h / (N / Nk).
 
-PyTorch's fused kernel does the common cases. One query token (decode) keeps 16-bit keys and values: widening them doubles
-the time, and decode consists of reading them. The fused kernel then rounds P to 16 bit before the second product, as the
-chips do; everything with more than one query token is widened and does not round P.
+PyTorch's fused kernel does the common cases. One query token (decode) keeps 16-bit keys and values: widening them takes
+twice the time. The fused kernel then rounds P to 16 bit before the second product, as the chips do. What has more than
+one query token is widened and does not round P.
 """
 
 from __future__ import annotations

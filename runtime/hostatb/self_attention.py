@@ -71,6 +71,8 @@ class Masks:
         self.factor = mask_factor(self.mask, param, chip)
         self.tile = is_tile(seen["mask"], param)
         self.shape = str(seen["mask"])
+        self.long = seen["mask"].shape == (1, 128, 2048, 16)
+        self.flash = not (paged(param) or prefix(param))
         if seen["mask"].format == "nz":
             self.mask = nz_to_nd(self.mask)
         if self.tile:
@@ -90,6 +92,8 @@ class Masks:
             plain = mask[0] if mask.dim() == 3 and mask.shape[0] == 1 else mask
             return False, alibi_compress_bias(plain, self.slopes, param, q_len, kv_len)
         if self.tile:
+            if self.flash and self.long:
+                require_cover(2048, 2048, q_len, kv_len, self.shape)
             return (True, None) if self.triangle else (False, tiled_bias(mask, q_len, kv_len) * self.factor)
         chosen = self._of_sequence(mask, batch)
         require_cover(chosen.shape[-2], chosen.shape[-1], q_len, kv_len, self.shape)

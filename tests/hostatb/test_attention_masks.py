@@ -1,0 +1,104 @@
+"""Every mask form that was tried on the real library (atb-layers/masks.json) is accepted or refused as there.
+
+The sizes of the recorded layers are replaced by small ones: five heads of 16, the recorded lengths and masks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llmc.compiler.atb import OPS
+from llmc.compiler.atb.core import AtbError
+from llmc.runtime.hostatb.numeric import set_format
+from llmc.runtime.hostatb.operation import Operation, Single
+from torch import Tensor
+
+pytestmark = pytest.mark.torch
+
+LAYERS = Path(os.environ.get("LLMC_ATB_LAYERS", Path(__file__).parents[3] / "shared" / "data" / "atb-layers"))
+MASKS = LAYERS / "masks.json"
+HEADS, SIZE, ROWS, BLOCK = 5, 16, 2112, 128
+CONTEXTS, PROMPTS = [5, 130, 257], [5, 13, 19]
+TYPES = {
+    "SelfAttention": ["UNDEFINED", "NORM", "ALIBI", "NORM_COMPRESS", "ALIBI_COMPRESS", "ALIBI_COMPRESS_SQRT",
+                      "ALIBI_COMPRESS_LEFT_ALIGN", "SLIDING_WINDOW_NORM", "SLIDING_WINDOW_COMPRESS"],
+    "PagedAttention": ["UNDEFINED", "NORM", "ALIBI", "SPEC"],
+}  # fmt: skip
+
+
+def _rows() -> list[dict[str, Any]]:
+    if not MASKS.exists():
+        return []
+    recorded = json.loads(MASKS.read_text(encoding="utf-8"))
+    return [row for key, rows in recorded.items() if key != "about" for row in rows]
+
+
+def _ints(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def _mask(row: Mapping[str, Any], dtype: torch.dtype) -> list[Tensor]:
+    spec = row["mask"]
+    return [] if spec is None else [set_format(torch.zeros(spec["shape"], dtype=dtype), spec["format"])]
+
+
+def _call(row: Mapping[str, Any], chip: str) -> tuple[str, dict[str, Any], list[Tensor]]:
+    dtype = getattr(torch, row["dtype"])
+    nz = chip == "Ascend310P"
+    prompts = row.get("sequences", PROMPTS)
+    lengths = CONTEXTS if row["phase"] == "decode" else prompts
+    new = [1] * len(lengths) if row["phase"] == "decode" else lengths
+    batch, hidden = len(lengths), HEADS * SIZE
+    op = "PagedAttention" if (row["attention"], row["phase"]) == ("paged", "decode") else "SelfAttention"
+    param: dict[str, Any] = {"headNum": HEADS, "kvHeadNum": HEADS, "maskType": TYPES[op].index(row["mask_type"])}
+    if row["mask_type"].startswith("SLIDING"):
+        param["windowSize"] = 4096
+    param |= {
+        name: row[key] for key, name in (("is_triu_mask", "isTriuMask"), ("kernel_type", "kernelType")) if key in row
+    }
+    mask = _mask(row, dtype)
+    query = torch.zeros(sum(new), HEADS, SIZE, dtype=dtype)
+    if op == "PagedAttention":
+        shape = (9, hidden // 16, BLOCK, 16) if nz else (9, BLOCK, HEADS, SIZE)
+        caches = [set_format(torch.zeros(shape, dtype=dtype), "nz" if nz else "nd") for _ in range(2)]
+        tables = torch.arange(9, dtype=torch.int32).view(3, 3)
+        return op, param, [query, *caches, tables, _ints(lengths), *mask]
+    if row["attention"] == "paged":
+        slopes = [torch.zeros(HEADS, dtype=torch.float16 if nz else torch.float32)]
+        slopes = slopes if row["mask_type"].startswith("ALIBI_COMPRESS") else []
+        return op, param | {"calcType": 3}, [query, query, query, *mask, _ints(lengths), *slopes]
+    shape = (1, batch, hidden // 16, ROWS, 16) if nz else (1, batch, ROWS, hidden)
+    caches = [set_format(torch.zeros(shape, dtype=dtype), "nz" if nz else "nd") for _ in range(2)]
+    param["calcType"] = 2 if row["phase"] == "decode" else 1
+    flat = query.flatten(1)
+    return op, param, [flat, flat.clone(), flat.clone(), *caches, *mask, _ints(lengths), _ints(new), _ints([0])]
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    chip = {"910B": "Ascend910B", "310P": "Ascend310P"}[row["chip"]]
+    op, param, tensors = _call(row, chip)
+    try:
+        Operation.of(Single(OPS[op], OPS[op].param(param), chip)).forward(tensors)
+    except AtbError as error:
+        return f"{error.stage} {error.code}"
+    return "accepted"
+
+
+@pytest.mark.skipif(not MASKS.exists(), reason=f"no {MASKS}; set LLMC_ATB_LAYERS")
+@pytest.mark.parametrize("chip", ["910B", "310P"])
+@pytest.mark.parametrize("attention", ["paged", "flash"])
+def test_masks_are_accepted_and_refused_as_by_the_library(chip: str, attention: str) -> None:
+    rows = [row for row in _rows() if (row["chip"], row["attention"]) == (chip, attention)]
+    assert rows
+    wrong = []
+    for row in rows:
+        expected = "accepted" if row["accepted"] else f"{row['stage']} {row['code']}"
+        if (ours := _verdict(row)) != expected:
+            wrong.append(f"ours {ours}, the library {expected}: { {k: v for k, v in row.items() if k != 'log'} }")
+    assert not wrong, "\n".join(wrong)
