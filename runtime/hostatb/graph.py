@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from llmc.compiler.atb.core import GRAPH_LIMITS, MAX_NODES_AT_CREATE, AtbError, Desc, check_tensors
 from llmc.runtime.hostatb.operation import Core, Operation, Plan, Single, current_chip, undefined
+from llmc.runtime.hostatb.rewrites import REWRITES
+from llmc.runtime.hostatb.step import Step
 from torch import Tensor
 
 ReshapeFunc = Callable[[list[int]], Sequence[int]]
@@ -47,34 +49,6 @@ class Node:
     inputs: tuple[int, ...]
     reshapes: tuple[tuple[ReshapeFunc, ...], ...]
     outputs: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """A node bound to descs. `run` maps the viewed inputs to the outputs; the rest is where they come from and go.
-
-    views     per input: the shape to look through, or None for the tensor as it is
-    fills     {input index: output index}: the kernel writes this output through that input (table's `in_place`); the
-              input handed in is the output's present tensor, or a new one where the output has none yet
-    stores    per output: True if it overwrites a graph input, so that the caller's memory must change
-    frees     slots that nothing reads later
-    """
-
-    core: Core
-    label: str
-    run: Callable[[Sequence[Tensor]], list[Tensor]]
-    ins: tuple[Desc, ...]
-    outs: tuple[Desc, ...]
-    inputs: tuple[int, ...]
-    views: tuple[tuple[int, ...] | None, ...]
-    outputs: tuple[int, ...]
-    stores: tuple[bool, ...]
-    fills: Mapping[int, int] = field(default_factory=dict)
-    frees: tuple[int, ...] = ()
-
-
-# Functions steps -> steps that swap kernels for prepacked or fused ones with the same numbers; applied in order.
-REWRITES: list[Callable[[Sequence[Step]], Sequence[Step]]] = []
 
 
 class GraphOperation:

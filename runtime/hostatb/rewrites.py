@@ -20,8 +20,8 @@ from math import prod
 
 import torch
 from llmc.compiler.atb.core import FLOATS16
-from llmc.runtime.hostatb.graph import Step
 from llmc.runtime.hostatb.operation import Single
+from llmc.runtime.hostatb.step import Step
 from torch import Tensor
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]

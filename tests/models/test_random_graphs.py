@@ -76,6 +76,7 @@ def graphs(draw) -> str:
         "name": "random",
         "inputs": ["token_ids"],
         "dtype": "float32",
+        "sizes": {"max_positions": 64},
         "graph": nodes,
         "outputs": {"logits": result},
     }
