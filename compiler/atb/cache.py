@@ -143,9 +143,11 @@ KV_INPUTS = ("newKv", "layerId", "cache", "tokenOffset", "seqLen")
 
 
 def kv_rows(param: Param, chip: str) -> list[Row]:
-    nz = ":nz" if chip == "Ascend310P" else ""
-    return [(dtype, integer, dtype + nz, integer, integer)
-            for dtype, integer in product(("float16", "int8"), ("int32", "uint32"))]  # fmt: skip
+    formats = [(":nz", ":nz"), ("", ":nz")] if chip == "Ascend310P" else [("", "")]
+    return [
+        (dtype + new, integer, dtype + cache, integer, integer)
+        for dtype, integer, (new, cache) in product(("float16", "int8"), ("int32", "uint32"), formats)
+    ]
 
 
 def kv_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:

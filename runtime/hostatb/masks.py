@@ -7,6 +7,8 @@ alibi masks are always added. Compressed masks are tiles from which the bias of 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from llmc.compiler.atb.core import AtbError, Desc, Param
 from llmc.compiler.atb.self_attention import (
@@ -48,8 +50,13 @@ def is_tile(desc: Desc, param: Param) -> bool:
 
 def is_triangle(tile: Tensor, factor: float) -> bool:
     """The tile hides exactly what lies above its diagonal, so it can be replaced by the word "causal"."""
-    hides = (tile.float() * factor) <= -1e4 if factor == 1.0 else tile != 0
-    return bool(torch.equal(hides, torch.ones_like(hides).triu(1)))
+    hides = tile <= -1e4 if factor == 1.0 else tile != 0
+    return torch.equal(hides, _above_diagonal(tile.shape[0], tile.device))
+
+
+@lru_cache(maxsize=8)
+def _above_diagonal(size: int, device: torch.device) -> Tensor:
+    return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)
 
 
 def tiled_bias(tile: Tensor, q_len: int, kv_len: int) -> Tensor:

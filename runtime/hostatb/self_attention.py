@@ -121,7 +121,9 @@ def _paged(param: Param, named: Mapping[str, Tensor], masks: Masks, chip: str) -
         return _paged_bnsd(param, named, q_lens, kv_lens, masks, chip)
     tokens, kv_tokens = query.numel() // _row(query, param.headNum), key.numel() // _row(key, kv_heads(param))
     for name, given, total in (("query", q_lens, tokens), ("key", kv_lens, kv_tokens)):
-        if sum(given) != total or min(given, default=0) < 0:
+        if min(given, default=0) <= 0:
+            raise refuse("every length in seqLen must be positive", given)
+        if sum(given) != total:
             raise refuse(f"seqLen does not sum up to the tokens of {name}", given, f"{total} in all")
     q = query.view(tokens, param.headNum, -1)
     k = key.view(kv_tokens, kv_heads(param), -1)
@@ -140,7 +142,7 @@ def _paged(param: Param, named: Mapping[str, Tensor], masks: Masks, chip: str) -
                 rows, keys, values, scale=param.qkScale, qk_descale=named["qkDescale"], v_descale=named["vpvDescale"],
                 p_steps=steps, bias=bias, dtype=dtype,
             )  # fmt: skip
-        elif q_len:
+        else:
             out[q_start:q_end] = attend(
                 rows, keys, values, scale=param.qkScale, chip=chip, causal=causal, bias=bias,
                 log_n=None if log_n is None else log_n[:q_len],

@@ -38,9 +38,8 @@ def dense(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None, scale: 
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     seen = None if hidden is None else ~hidden
-    out = scaled_dot_product_attention(
-        *(x.double().transpose(0, 1) for x in (q, k, v)), attn_mask=seen, scale=scale
-    )  # fmt: skip
+    wide = [x.double().transpose(0, 1) for x in (q, k, v)]
+    out = scaled_dot_product_attention(wide[0], wide[1], wide[2], attn_mask=seen, scale=scale)
     return out.transpose(0, 1)
 
 

@@ -73,8 +73,8 @@ def _call(row: Mapping[str, Any], chip: str) -> tuple[str, dict[str, Any], list[
         slopes = [torch.zeros(HEADS, dtype=torch.float16 if nz else torch.float32)]
         slopes = slopes if row["mask_type"].startswith("ALIBI_COMPRESS") else []
         return op, param | {"calcType": 3}, [query, query, query, *mask, _ints(lengths), *slopes]
-    shape = (1, batch, hidden // 16, ROWS, 16) if nz else (1, batch, ROWS, hidden)
-    caches = [set_format(torch.zeros(shape, dtype=dtype), "nz" if nz else "nd") for _ in range(2)]
+    flash_shape = (1, batch, hidden // 16, ROWS, 16) if nz else (1, batch, ROWS, hidden)
+    caches = [set_format(torch.zeros(flash_shape, dtype=dtype), "nz" if nz else "nd") for _ in range(2)]
     param["calcType"] = 2 if row["phase"] == "decode" else 1
     flat = query.flatten(1)
     return op, param, [flat, flat.clone(), flat.clone(), *caches, *mask, _ints(lengths), _ints(new), _ints([0])]
@@ -102,3 +102,26 @@ def test_masks_are_accepted_and_refused_as_by_the_library(chip: str, attention: 
         if (ours := _verdict(row)) != expected:
             wrong.append(f"ours {ours}, the library {expected}: { {k: v for k, v in row.items() if k != 'log'} }")
     assert not wrong, "\n".join(wrong)
+
+
+def test_310p_prefill_refuses_merged_heads_at_setup() -> None:
+    """atb-layers/refusals.json: 310p-paged-prefill-fp16-smollm2-135m-attention-2d."""
+    flat = torch.zeros(4, HEADS * SIZE).half()
+    param = OPS["SelfAttention"].param({"headNum": HEADS, "kvHeadNum": HEADS, "calcType": 3})
+    operation = Operation.of(Single(OPS["SelfAttention"], param, "Ascend310P"))
+    with pytest.raises(AtbError) as caught:
+        operation.forward([flat, flat, flat, _ints([4])])
+    assert (caught.value.stage, caught.value.code) == ("setup", "ERROR_INVALID_PARAM")
+
+
+@pytest.mark.parametrize(
+    ("width", "verdict"), [(16, ("setup", "ERROR_RT_FAIL")), (32, ("infer", "ERROR_INVALID_TENSOR_DIM"))]
+)
+def test_310p_has_no_int8_cache(width: int, verdict: tuple[str, str]) -> None:
+    """atb-layers/refusals.json: 310p-paged-prefill-fp16-llama2-7b-kv-int8 and -kv-int8-last-dim-32."""
+    new = torch.zeros(4, 2, 32, dtype=torch.int8)
+    caches = [set_format(torch.zeros(2, 64 // width, 16, width, dtype=torch.int8), "nz") for _ in range(2)]
+    op = OPS["ReshapeAndCache"]
+    with pytest.raises(AtbError) as caught:
+        Operation.of(Single(op, op.param(), "Ascend310P")).forward([new, new, *caches, _ints([0, 1, 2, 3])])
+    assert (caught.value.stage, caught.value.code) == verdict
