@@ -273,6 +273,8 @@ def late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> 
     if "logN" in named:
         batch = named["contextLens"].shape
         _require_dim(named["logN"].shape == batch, "logN is [B]", named["logN"], list(batch), "logN")
+        status = named.get("batchRunStatus")
+        _require_dim(status is None or status.shape[0] == batch[0], "batchRunStatus is [B]", status, list(batch))
     if "mask" not in named or not is_910b(chip):
         return
     mask, batch_size, tokens = named["mask"].shape, named["contextLens"].shape[0], named["query"].shape[0]
