@@ -20,7 +20,7 @@ from llmc.compiler.diagnostics import Place, Report, did_you_mean
 from llmc.compiler.expressions import ExpressionError, Number, UnknownName, evaluate
 from llmc.compiler.ir import Graph, Rows, TensorType
 from llmc.compiler.ops import OPS, Attr, Op
-from llmc.compiler.reading import Reader, Ref
+from llmc.compiler.reading import TOLD, Reader, Ref
 from llmc.compiler.source import Document, List, Map, Scalar, Value, show
 
 MAX_NODES = 10_000
@@ -132,10 +132,12 @@ class Language(Reader):
 
     def __init__(self, document: Document) -> None:
         super().__init__(document.root, Report(document.sources))
+        self.document = document
         root = self.root
         self.places: dict[str, Place] = {}
         self.used: set[str] = set()  # sizes that something reads
         self.open: list[str] = []  # sizes whose definitions are being evaluated
+        self.bad: set[str] = set()  # sizes that are reported already
         self.known_keys(root, MODEL_KEYS, "a model", required=("name", "sizes", "graph", "outputs"))
         self.name = self.model_name(root.items.get("name"))
         self.size_defs = self.mapping(root.items.get("sizes"), "sizes")
@@ -167,11 +169,14 @@ class Language(Reader):
         sizes: dict[str, Number] = {}
         for name, value in self.size_defs.items.items():
             self.places[f"sizes.{name}"] = value.place
+            self.open = [name]
             if self.name_ok(name, self.size_defs.keys[name], "a size"):
                 number = self.positive(value, name)
                 if number is not None:
                     sizes[name] = number
-        if self.size_defs.items and "max_positions" not in sizes:
+        self.open = []
+        self.bad = set(self.size_defs.items) - set(sizes)
+        if self.size_defs.items and "max_positions" not in self.size_defs.items:
             self.report.add("E102", "sizes needs the key 'max_positions'", self.size_defs.place,
                             needed="the longest context that the model was trained for")  # fmt: skip
         return sizes
@@ -184,24 +189,30 @@ class Language(Reader):
             return value
         definition = self.size_defs.items.get(name)
         if definition is None:
-            near = did_you_mean(name, self.size_defs.items)
-            raise UnknownName(f"unknown size {name!r}", likely=near or "state it under `sizes:`")
+            raise UnknownName(f"unknown size {name!r}", likely=self.meant(name))
         if name in self.open:
-            loop = " -> ".join([*self.open[self.open.index(name) :], name])
-            raise UnknownName(f"the size {name!r} depends on itself: {loop}", code="E202")
+            loop = [*self.open[self.open.index(name) :], name]
+            raise UnknownName(f"the size {name!r} depends on itself: {' -> '.join(loop)}", code="E202")
         if len(self.open) >= MAX_NESTING:
-            raise UnknownName(f"more than {MAX_NESTING} sizes depend on each other", code="E104")
-        if not isinstance(definition, Scalar) or isinstance(definition.value, bool):
-            raise UnknownName(f"the size {name!r} is not a number")
+            raise UnknownName(f"more than {MAX_NESTING} sizes depend on each other")
+        if name in self.bad or not isinstance(definition, Scalar) or isinstance(definition.value, bool):
+            raise UnknownName(name, code=TOLD)
         if isinstance(definition.value, (int, float)):
             return definition.value
         self.open.append(name)
         try:
             return evaluate(definition.text, self.lookup)
         except ExpressionError as error:
-            raise UnknownName(error.message, code=error.code, likely=error.likely) from None
+            # What is wrong with a definition is told where it stands; a circle is told where it was entered.
+            raise UnknownName(error.message, code="E202" if error.code == "E202" else TOLD) from None
         finally:
             self.open.pop()
+
+    def meant(self, name: str) -> str:
+        if name.lower() in ("yes", "no", "on", "off", "true", "false"):
+            return "a boolean is true or false"
+        near = did_you_mean(name, self.size_defs.items)
+        return near if near.startswith("did") else "state it under `sizes:`" + (f"; {near}" if near else "")
 
     def rope_of(self, name: str) -> Number | None:
         found: Any = getattr(self, "rope", {})
@@ -563,9 +574,11 @@ class Language(Reader):
             self.report.add("E004", f"blocks are nested more than {MAX_NESTING} deep", self.root.keys["blocks"])
 
     def check_sizes(self) -> None:
-        """A size that nothing reads is a spelling mistake. `max_positions` is for the runtime."""
+        """A size that nothing reads is a spelling mistake, in the file itself: one that it extends may offer more.
+        `max_positions` is for the runtime."""
+        file = next(iter(self.document.sources))
         for name in self.size_defs.items:
-            if name not in self.used and name != "max_positions":
+            if name not in self.used and name != "max_positions" and self.size_defs.keys[name].file == file:
                 self.report.add("E110", f"nothing uses the size '{name}'", self.size_defs.keys[name],
                                 likely=did_you_mean(name, set(self.size_defs.items) - {name}))  # fmt: skip
 

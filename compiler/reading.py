@@ -17,6 +17,8 @@ from llmc.compiler.source import List, Map, Scalar, Value, show
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
+TOLD = ""  # code of an error whose cause is reported elsewhere
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ref:
@@ -32,7 +34,7 @@ class Reader:
     def __init__(self, root: Map, report: Report) -> None:
         self.root, self.report = root, report
         self.cache: dict[str, Number | ExpressionError] = {}
-        self.told: set[str] = set()
+        self.told: set[str | frozenset[str]] = set()
 
     def lookup(self, name: str) -> Number:
         """The value of a size, or UnknownName."""
@@ -111,8 +113,10 @@ class Reader:
             self.cache[value.text] = known
         if not isinstance(known, ExpressionError):
             return known
-        if known.message not in self.told or not known.message.startswith("unknown size"):
-            self.told.add(known.message)
+        # An unknown size and a circle are told once, not at every use.
+        key = frozenset(known.message.rpartition(": ")[2].split()) if known.code == "E202" else known.message
+        if known.code != TOLD and not (known.code in ("E105", "E202") and key in self.told):
+            self.told.add(key)
             place = value.within(known.start, known.end)
             self.report.add(known.code, f"{what}: {known.message}", place, likely=known.likely)
         return None
@@ -152,5 +156,6 @@ class Reader:
 
 
 def _equals(value: Value, number: Number) -> str:
+    """`heads = 0`, or the number alone where it was written as one."""
     text = value.text if isinstance(value, Scalar) else ""
-    return text if text == str(number) else f"{text} = {number}"
+    return text if isinstance(value, Scalar) and isinstance(value.value, (int, float)) else f"{text} = {number}"

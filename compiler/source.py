@@ -156,7 +156,7 @@ class _Chain:
         self.sources: dict[str, str] = {}
         self.report.sources = self.sources
         self.hash = hashlib.sha256()
-        self.open: list[str] = []
+        self.open: dict[str, str] = {}  # real path -> name in messages, of the files being read
 
     def load(self, path: str) -> Document:
         return self.finish(self.read(path))
@@ -164,8 +164,11 @@ class _Chain:
     def finish(self, root: Map) -> Document:
         for _, key, value in _walk(root):
             if isinstance(value, Scalar) and value.value is None:
-                what = "an empty value" if not value.text else "null removes what a file that this one extends says"
-                self.report.add("E108", f"'{key}': {what}, and there is nothing to remove", value.place)
+                if value.text:
+                    self.report.add("E108", f"nothing to remove: no extended file says '{key}'", value.place)
+                else:
+                    self.report.add("E102", f"'{key}' has no value", value.place,
+                                    needed="a value; null removes what an extended file says")  # fmt: skip
         self.report.raise_if_any()
         return Document(root=root, sources=self.sources, hash=self.hash.hexdigest())
 
@@ -178,9 +181,9 @@ class _Chain:
             self.report.add("E001", f"cannot read {file!r}: {error.strerror}")
             self.report.raise_if_any()
             raise
-        self.open.append(os.path.realpath(path))
+        self.open[os.path.realpath(path)] = file
         root = self.merged(file, data, os.path.dirname(path))
-        self.open.pop()
+        self.open.popitem()
         return root
 
     def merged(self, file: str, data: bytes, folder: str) -> Map:
@@ -211,9 +214,11 @@ class _Chain:
             known = [*catalogue(), *(f"families/{f[:-5]}" for f in os.listdir(os.path.join(GRAPHS, "families")))]
             self.report.add("E005", f"extends: there is no {name!r}", extends.place, likely=did_you_mean(name, known))
         elif os.path.realpath(path) in self.open:
-            loop = [*self.open[self.open.index(os.path.realpath(path)) :], path]
+            first = self.open[os.path.realpath(path)]
+            names = list(self.open.values())
+            loop = [*names[names.index(first) :], first]
             self.report.add("E005", "extends: the files extend each other in a circle", extends.place,
-                            found=" -> ".join(map(_display, loop)))  # fmt: skip
+                            found=" -> ".join(loop))  # fmt: skip
         elif len(self.open) >= MAX_EXTENDS:
             self.report.add("E005", f"extends: more than {MAX_EXTENDS} files deep", extends.place)
         self.report.raise_if_any()
