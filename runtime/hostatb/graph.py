@@ -10,7 +10,7 @@
 Naming a value that exists already in `out_names` writes it in place; for a graph input that is the caller's tensor.
 
 Execution: for each tuple of input descs a list of `Step`s is planned once (reshape callbacks, checks, lifetimes), then
-each call only walks the list. `REWRITES` may replace steps by faster ones that give the same numbers.
+each call only walks the list. `rewrites.py` replaces steps by faster ones that give the same numbers.
 Sources: atb-operations.md 1.2 to 1.4 and 2.1.
 """
 
@@ -23,7 +23,7 @@ from types import MappingProxyType
 
 from llmc.compiler.atb.core import GRAPH_LIMITS, MAX_NODES_AT_CREATE, AtbError, Desc, check_tensors
 from llmc.runtime.hostatb.operation import Core, Operation, Plan, Single, current_chip, undefined
-from llmc.runtime.hostatb.rewrites import REWRITES
+from llmc.runtime.hostatb.rewrites import rewrite
 from llmc.runtime.hostatb.step import Step
 from torch import Tensor
 
@@ -58,6 +58,7 @@ class GraphOperation:
         self.name, self.names, self.nodes = name or "GraphOperation", tuple(names), tuple(nodes)
         self.input_num, self.output_num = n_in, n_out
         self.input_names = self.names[:n_in]
+        self._labelled = {node.label: node for node in nodes}
         self.places: Mapping[str, str] = {}  # value name -> place in the user's source; whoever knows it fills it in
         self.chip = nodes[0].core.chip if nodes else current_chip()
         self.in_place: Mapping[int, int] = MappingProxyType({})
@@ -85,17 +86,17 @@ class GraphOperation:
         return [descs[self.input_num + i] for i in range(self.output_num)]
 
     def plan(self, ins: Sequence[Desc]) -> Plan:
-        """All checks and the list of steps for these input descs, rewritten by `REWRITES`."""
-        steps = self.steps(ins)
-        for rewrite in REWRITES:
-            steps = rewrite(steps)
-        steps, total = tuple(steps), len(self.names)
+        """All checks and the list of steps for these input descs, the faster ones where `rewrites` knows one."""
+        steps, total = tuple(rewrite(self.steps(ins))), len(self.names)
         first, last = self.input_num, self.input_num + self.output_num
 
         def run(tensors: Sequence[Tensor]) -> list[Tensor]:
             slots: list[Tensor | None] = [*tensors, *([None] * (total - first))]
             for step in steps:
-                execute(step, slots)
+                try:
+                    execute(step, slots)
+                except AtbError as error:
+                    raise self._locate(error.at(stage="execute"), self._labelled[step.label]) from None
             return [t for t in slots[first:last] if t is not None]
 
         outs: dict[int, Desc] = {}
@@ -182,7 +183,9 @@ class GraphOperation:
                 )  # fmt: skip
 
     def _locate(self, error: AtbError, node: Node) -> AtbError:
-        """Name the graph, the node, the value and the place in an error that came from a node."""
+        """Name the graph, the node, the value and the place in an error that came from a node of this graph."""
+        if error.graph:  # a nested graph has said it
+            return error
         named = self._named(error.tensor, node.in_names, node.out_names)
         error.operation = node.label
         error.tensor = named
@@ -203,7 +206,7 @@ def _leaf_plan(core: Core, ins: Sequence[Desc]) -> Plan:
     """As `core.plan`, but a single operation gets its kernel bare: the graph itself decides where outputs lie."""
     if not isinstance(core, Single):
         return core.plan(ins)
-    outs = tuple(core.check(ins))
+    outs = core.check(ins)
     kernel, param, descs, chip = core.kernel, core.param, tuple(ins), core.chip
     return Plan(outs=outs, run=lambda tensors: kernel(param, tensors, descs, chip))
 
