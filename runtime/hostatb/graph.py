@@ -96,7 +96,8 @@ class GraphOperation:
                 try:
                     execute(step, slots)
                 except AtbError as error:
-                    raise self._locate(error.at(stage="execute"), self._labelled[step.label]) from None
+                    node = self._labelled.get(step.label)  # a step that a rewrite made has no node
+                    raise (self._locate(error, node) if node else error).at(stage="execute", graph=self.name) from None
             return [t for t in slots[first:last] if t is not None]
 
         outs: dict[int, Desc] = {}

@@ -86,7 +86,7 @@ def test_whole_graphs_are_accepted_with_the_librarys_descs(group: str) -> None:
         for number, node in enumerate(graph["nodes"]):
             single = Single(OPS[node["op"]], OPS[node["op"]].param(node["param"]), chip)
             outs = single.check([_desc(*desc) for desc in node["in_desc"]])
-            assert outs == [_desc(*desc) for desc in node["out_desc"]], f"{path.name} node {number} {node['op']}"
+            assert list(outs) == [_desc(*desc) for desc in node["out_desc"]], f"{path.name} node {number} {node['op']}"
         operation, descs = _built(graph, chip)
         outs = list(operation.core.plan(descs).outs)
         expected = [_desc(d["dtype"], d["format"], d["shape"]) for d in graph["graph_out"].values()]

@@ -259,6 +259,17 @@ def test_a_refusal_inside_a_graph_says_graph_node_tensor_and_place() -> None:
     assert str(error).startswith("layer LinearOperation (node 1: n, w -> y): ERROR_INVALID_TENSOR_DIM at infer")
 
 
+def test_a_refusal_while_running_is_located_in_the_innermost_graph() -> None:
+    inner = atb.GraphBuilder("inner").set_input_output(["q", "cos", "n"], ["a", "b"])
+    inner.add_operation(rope(), ["q", "q", "cos", "cos", "n"], ["a", "b"])
+    outer = atb.GraphBuilder("outer").set_input_output(["x", "table", "n"], ["y", "z"])
+    graph = outer.add_operation(inner.build(), ["x", "table", "n"], ["y", "z"]).build()
+    with pytest.raises(atb.AtbError) as caught:
+        graph.forward([torch.ones(3, 16), torch.ones(2, 16), torch.tensor([3], dtype=torch.int32)])
+    error = caught.value
+    assert (error.graph, error.stage, error.tensor) == ("inner", "execute", "cos (input 2)")
+
+
 def test_names_are_declared_once() -> None:
     with pytest.raises(atb.AtbError, match=r"declared twice(.|\n)*tensor: a"):
         atb.GraphBuilder("g").set_input_output(["a", "b"], ["a"])
