@@ -1,0 +1,314 @@
+"""Weights: from the safetensors files of a checkpoint to the tensors that the graph names.
+
+Enters the manifest's "weights" object and a checkpoint directory; leaves name -> tensor. Headers are read first and
+every problem is told in one table; then each tensor is read piece by piece straight into its place, so that the peak is
+the result and one buffer. Files are read, not mapped: mapped pages would count a second time.
+
+    weights = load_weights(manifest["weights"], Path("llama-2-13b"), device="cpu")
+    weights["layers.0.attn.qkv.weight"]      # [15360, 5120] from three tensors of the checkpoint
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import torch
+from llmc.compiler.diagnostics import UserError
+
+LOG = logging.getLogger("llmc.weights")
+BUFFER_BYTES = 64 << 20  # one piece in flight; large reads, small beside any model
+MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors library itself
+SUGGESTIONS = 20  # nearest names are looked for this often: each costs a pass over all names
+BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")  # saved by old transformers, not weights
+
+# Names in safetensors headers -> torch
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """One tensor of the checkpoint: where its bytes are."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Rows of a checkpoint tensor that are contiguous in its file."""
+
+    source: Stored
+    start: int
+    count: int
+
+
+def load_weights(
+    manifest_weights: Mapping[str, Mapping[str, Any]],
+    model_path: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    progress: bool = True,
+) -> dict[str, torch.Tensor]:
+    """Every weight of the graph. Two that are made of the same pieces (tied embeddings) are one tensor."""
+    if rank != 0:
+        raise UserError(f"rank {rank}: this artifact's weights are whole; load them on rank 0 only")
+    stored = read_headers(Path(model_path))
+    check(manifest_weights, stored, Path(model_path))
+    made: dict[str, torch.Tensor] = {}
+    result: dict[str, torch.Tensor] = {}
+    buffer = bytearray(BUFFER_BYTES)
+    with _progress_bar(len(manifest_weights), progress) as advance:
+        for name, weight in manifest_weights.items():
+            key = json.dumps({k: v for k, v in weight.items() if k not in ("shard", "split")}, sort_keys=True)
+            if key not in made:
+                made[key] = _load(weight, stored, buffer).to(device)
+            result[name] = made[key]
+            advance()
+    return result
+
+
+def _load(weight: Mapping[str, Any], stored: Mapping[str, Stored], buffer: bytearray) -> torch.Tensor:
+    target = torch.empty(weight["shape"], dtype=getattr(torch, weight["dtype"]))
+    view = target.t() if weight["transpose"] else target  # laid out as in the checkpoint
+    axis, at = weight["axis"], 0
+    for source in weight["sources"]:
+        wide = _taken(source)[axis]
+        part = view.narrow(axis, at, wide)
+        row = 0
+        for piece in _pieces(stored[source["tensor"]], source["rows"]):
+            _read(piece, part[row : row + piece.count] if part.dim() else part, buffer)
+            row += piece.count
+        at += wide
+    return target
+
+
+def _taken(source: Mapping[str, Any]) -> tuple[int, ...]:
+    """Shape of what a source gives."""
+    rows, shape = source["rows"], source["shape"]
+    return (rows["groups"] * rows["size"], *shape[1:]) if rows else tuple(shape)
+
+
+def _pieces(source: Stored, rows: Mapping[str, int] | None) -> Iterator[Piece]:
+    if rows is None:
+        yield Piece(source=source, start=0, count=source.shape[0] if source.shape else 1)
+        return
+    for group in range(rows["groups"]):
+        yield Piece(source=source, start=group * rows["stride"] + rows["offset"], count=rows["size"])
+
+
+def _read(piece: Piece, target: torch.Tensor, buffer: bytearray) -> None:
+    """File -> target, straight when nothing is to be converted, else through the buffer."""
+    source, dtype = piece.source, DTYPES[piece.source.dtype]
+    row_shape = source.shape[1:]
+    row_bytes = math.prod(row_shape) * dtype.itemsize
+    if row_bytes == 0 or piece.count == 0:
+        return
+    with source.file.open("rb", buffering=0) as file:
+        file.seek(source.offset + piece.start * row_bytes)
+        if target.dtype == dtype and target.is_contiguous() and target.numel():
+            _fill(file, target.reshape(-1).view(torch.uint8).numpy().data, source.file)
+            return
+        step = max(1, len(buffer) // row_bytes)
+        memory = memoryview(buffer) if row_bytes <= len(buffer) else memoryview(bytearray(row_bytes))
+        for start in range(0, piece.count, step):
+            count = min(step, piece.count - start)
+            _fill(file, memory[: count * row_bytes], source.file)
+            chunk = torch.frombuffer(memory, dtype=dtype, count=count * row_bytes // dtype.itemsize)
+            target[start : start + count].copy_(chunk.view(count, *row_shape))
+
+
+def _fill(file: Any, memory: memoryview, path: Path) -> None:
+    done = 0
+    while done < len(memory):
+        count = file.readinto(memory[done:])
+        if not count:
+            raise _damaged(path, "the file ended while it was read")
+        done += count
+
+
+# ---- headers
+
+
+def read_headers(model_path: Path) -> dict[str, Stored]:
+    """Tensor name -> where it is stored, over all files. A name in two files is an error."""
+    stored: dict[str, Stored] = {}
+    twice: list[str] = []
+    for file in weight_files(model_path):
+        for name, tensor in read_header(file).items():
+            if name in stored:
+                twice.append(f"  {name}: {stored[name].file.name} and {file.name}")
+            stored[name] = tensor
+    if twice:
+        raise UserError(
+            "\n".join([f"{len(twice)} tensors of {model_path} are stored in two files:", *twice]),
+            hint="keep one of the two sets of weights in the directory",
+            code="E503",
+        )
+    return stored
+
+
+def weight_files(model_path: Path) -> list[Path]:
+    """The index's files, else model.safetensors, else every *.safetensors of the directory."""
+    if not model_path.is_dir():
+        raise UserError(
+            f"{model_path} is not a directory", hint="--model-path: the checkpoint's directory", code="E503"
+        )
+    index = model_path / "model.safetensors.index.json"
+    if index.exists():
+        return _indexed(index)
+    if (model_path / "model.safetensors").exists():
+        return [model_path / "model.safetensors"]
+    files = sorted(p for p in model_path.glob("*.safetensors") if not p.name.startswith("."))
+    if files:
+        return files
+    others = sorted(p.name for kind in ("*.bin", "*.pt", "*.pth", "*.gguf") for p in model_path.glob(kind))
+    if others:
+        raise UserError(
+            f"{model_path} holds no *.safetensors, but {', '.join(others[:3])}",
+            hint=f"llmc convert --model-path {model_path}",
+            code="E503",
+        )
+    raise UserError(f"{model_path} holds no weights (*.safetensors)", code="E503")
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [index.parent / name for name in sorted(set(names))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} cannot be read: {type(error).__name__}: {error}", code="E503") from None
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise UserError(
+            f"{index} names {len(files)} files, and {len(missing)} of them are missing: {', '.join(missing)}",
+            hint="the download is incomplete",
+            code="E503",
+        )
+    return files
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """The tensors of one file. Everything that the header says is compared with the file's length."""
+    try:
+        with file.open("rb") as stream:
+            return dict(_entries(file, stream, file.stat().st_size))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}", code="E503") from None
+
+
+def _entries(file: Path, stream: BufferedReader, size: int) -> Iterator[tuple[str, Stored]]:
+    start = stream.read(8)
+    if start == b"version ":
+        raise _damaged(file, "it is a Git LFS pointer, not the weights", hint="git lfs pull")
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+        raise _damaged(file, f"no safetensors header ({size} bytes in all)")
+    try:
+        header = json.loads(stream.read(length).decode("utf-8"))
+        header.pop("__metadata__", None)
+        tensors = [
+            (n, e["dtype"], tuple(map(int, e["shape"])), *map(int, e["data_offsets"])) for n, e in header.items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _damaged(file, "its header is not what safetensors writes") from None
+    data = size - 8 - length
+    for name, dtype, shape, begin, end in tensors:
+        if not 0 <= begin <= end <= data:
+            raise _damaged(file, f"{name} ends at byte {end} of the data, but there are {data}: the file is cut short")
+        if dtype in DTYPES and (min(shape, default=0) < 0 or math.prod(shape) * DTYPES[dtype].itemsize != end - begin):
+            raise _damaged(file, f"{name} is {dtype} {list(shape)}, but has {end - begin} bytes")
+        yield name, Stored(file=file, dtype=dtype, shape=shape, offset=8 + length + begin)
+
+
+def _damaged(file: Path, what: str, hint: str = "download or convert it again") -> UserError:
+    return UserError(f"{file} is damaged: {what}", hint=hint, code="E503")
+
+
+# ---- the table of problems
+
+
+def check(weights: Mapping[str, Mapping[str, Any]], stored: Mapping[str, Stored], model_path: Path) -> None:
+    """Every missing, mis-shaped and mis-typed tensor in one error; a note about tensors that nobody asked for."""
+    wanted: dict[str, tuple[list[int], str]] = {}
+    for weight in weights.values():
+        for source in weight["sources"]:
+            wanted[source["tensor"]] = (list(source["shape"]), weight["dtype"])
+    extra = [name for name in stored if name not in wanted and not name.endswith(BUFFERS)]
+    rows = []
+    suggestions = 0
+    for name, (shape, dtype) in wanted.items():
+        found = stored.get(name)
+        if found is None:
+            suggestions += 1
+            near = _nearest(name, extra) if suggestions <= SUGGESTIONS else ""
+            rows.append((name, "missing", f"{dtype} {shape}", f"nearest: {near}" if near else "-"))
+        elif list(found.shape) != shape:
+            rows.append((name, "shape", str(shape), f"{list(found.shape)} in {found.file.name}"))
+        elif not _castable(found.dtype, dtype):
+            rows.append((name, "dtype", dtype, f"{found.dtype} in {found.file.name}"))
+    if rows:
+        problems = f"{len(rows)} of the {len(wanted)} tensors that the model needs do not fit {model_path}:"
+        more = [f"unused tensors there: {len(extra)}, such as {', '.join(extra[:5])}"] if extra else []
+        raise UserError(
+            "\n".join([problems, *table(("tensor", "problem", "needed", "found"), rows), *more]), code="E503"
+        )
+    if extra:
+        LOG.warning("%d tensors of %s are not used: %s", len(extra), model_path, ", ".join(extra[:10]))
+
+
+def _castable(found: str, wanted: str) -> bool:
+    """Any float becomes any float; other numbers must be stored as they are used."""
+    have, want = DTYPES.get(found), getattr(torch, wanted)
+    return have is not None and (have == want or (have.is_floating_point and want.is_floating_point))
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    twin = [n for n in names if n.endswith(f".{name}") or name.endswith(f".{n}")]  # a prefix too many or too few
+    close = twin or difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    return close[0] if close else ""
+
+
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Plain columns: names are never cut, so that they can be searched for."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    return [
+        "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+    ]
+
+
+@contextmanager
+def _progress_bar(total: int, wanted: bool) -> Iterator[Any]:
+    """rich on a terminal's stderr, nothing elsewhere."""
+    if not (wanted and sys.stderr.isatty()):
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("weights", total=total)
+        yield lambda: bar.advance(task)
