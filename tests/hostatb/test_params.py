@@ -13,7 +13,7 @@ from llmc.runtime import hostatb as atb
 
 pytestmark = pytest.mark.torch
 
-BOUND = {  # class: {keyword: default}; enums by member name, "struct" for a nested one
+BOUND: dict[str, dict[str, Any]] = {  # class: {keyword: default}; enums by member name, "struct" for a nested one
     "LinearParam": {
         "transpose_a": False, "transpose_b": True, "has_bias": True, "out_data_type": "ACL_DT_UNDEFINED",
         "en_accum": False, "matmul_type": "MATMUL_UNDEFINED", "quant_mode": "QUANT_UNDEFINED",
