@@ -44,20 +44,44 @@ def attend(
         out = scaled_dot_product_attention(grouped, k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale=scale)
         return out.reshape(1, heads, size)
     wide_q = q.float() if log_n is None else q.float() * log_n.float().reshape(-1, 1, 1)
-    if causal and q_len != kv_len:  # is_causal aligns to the first key, the operation to the last
-        bias, causal = _plus(bias, causal_bias(q_len, kv_len, q.device)), False
-    elif causal and bias is not None:
-        bias, causal = bias + causal_bias(q_len, kv_len, q.device), False
-    out = scaled_dot_product_attention(
-        wide_q.transpose(0, 1)[None],
-        k.float().transpose(0, 1)[None],
-        v.float().transpose(0, 1)[None],
-        attn_mask=None if bias is None else bias.expand(1, heads, q_len, kv_len),
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=heads != kv_heads,
-    )
+    wide = [x.transpose(0, 1)[None] for x in (wide_q, k.float(), v.float())]
+    if causal and bias is None and q_len <= kv_len:
+        out = _causal(wide[0], wide[1], wide[2], scale)
+    else:
+        if causal:
+            bias = _plus(bias, causal_bias(q_len, kv_len, q.device))
+        mask = None if bias is None else bias.expand(1, heads, q_len, kv_len)
+        out = scaled_dot_product_attention(
+            wide[0], wide[1], wide[2], attn_mask=mask, scale=scale, enable_gqa=heads != kv_heads
+        )
     return round_to(out[0].transpose(0, 1), q.dtype, chip)
+
+
+# The fused kernel computes up to 512 keys past the diagonal and hides them. Pieces of 64 queries over just the keys
+# that they see save a quarter of the time at 512 tokens, and nothing beyond 1024 (float32, 9 heads of 64, one thread).
+PIECE, LONGEST_IN_PIECES = 64, 1024
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """[1, N, Lq, D] x [1, Nk, Lk, D], Lq <= Lk; query i sees keys up to Lk - Lq + i."""
+    q_len, kv_len, gqa = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+    if q_len == kv_len and not PIECE < q_len <= LONGEST_IN_PIECES:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+    # Row r of the last `size` columns hides what is right of r; a piece of c rows takes the last c rows.
+    size = min(PIECE, kv_len)
+    bias = torch.zeros(size, kv_len, device=q.device)
+    bias[:, kv_len - size :] = torch.full((size, size), float("-inf"), device=q.device).triu_(1)
+    parts = []
+    for start in range(0, q_len, size):
+        rows = q[:, :, start : start + size]
+        end = kv_len - q_len + start + rows.shape[2]
+        mask = bias[size - rows.shape[2] :, kv_len - end :]
+        parts.append(
+            scaled_dot_product_attention(
+                rows, k[:, :, :end], v[:, :, :end], attn_mask=mask, scale=scale, enable_gqa=gqa
+            )
+        )
+    return torch.cat(parts, dim=2)
 
 
 def decode(

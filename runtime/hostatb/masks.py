@@ -60,12 +60,12 @@ def _above_diagonal(size: int, device: torch.device) -> Tensor:
 
 
 def tiled_bias(tile: Tensor, q_len: int, kv_len: int) -> Tensor:
-    """[Lq, Lk] bias from a triangle tile: nothing below the diagonal tiles, everything hidden above them. Query i
+    """[Lq, Lk] bias from a tile of biases: nothing below the diagonal tiles, everything hidden above them. Query i
     stands at position Lk - Lq + i."""
     size = tile.shape[0]
     rows = torch.arange(kv_len - q_len, kv_len, device=tile.device)
     columns = torch.arange(kv_len, device=tile.device)
-    bias = tile.float()[(rows % size)[:, None], columns % size]
+    bias = tile[(rows % size)[:, None], columns % size]
     tiles = (rows // size)[:, None] - columns // size
     return bias.masked_fill(tiles > 0, 0.0).masked_fill(tiles < 0, float("-inf"))
 

@@ -94,7 +94,7 @@ class Masks:
         if self.tile:
             if self.flash and self.long:
                 require_cover(2048, 2048, q_len, kv_len, self.shape)
-            return (True, None) if self.triangle else (False, tiled_bias(mask, q_len, kv_len) * self.factor)
+            return (True, None) if self.triangle else (False, tiled_bias(mask.float() * self.factor, q_len, kv_len))
         chosen = self._of_sequence(mask, batch)
         require_cover(chosen.shape[-2], chosen.shape[-1], q_len, kv_len, self.shape)
         return False, chosen[..., :q_len, :kv_len].float() * self.factor

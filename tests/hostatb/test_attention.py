@@ -150,13 +150,16 @@ def test_whole_mask_equals_compressed_mask(dtype: torch.dtype) -> None:
     torch.testing.assert_close(whole, compressed, rtol=0, atol=ERROR[dtype])
 
 
-def test_a_compressed_mask_that_is_no_triangle_is_obeyed() -> None:
-    data = sequences(torch.float32, [20])
-    tile = triangle(torch.float32)
-    tile[:, 3] = -10000.0  # nobody sees key 3 ...
-    tile[3, 3] = 0.0  # ... but query 3
-    hidden = later(20, 20)
-    hidden[4:, 3] = True
+@pytest.mark.parametrize("dtype", ERROR, ids=str)
+def test_a_compressed_mask_that_is_no_triangle_is_obeyed(dtype: torch.dtype) -> None:
+    data = sequences(dtype, [150])
+    tile = triangle(dtype)
+    tile[:, 3] = tile[0, 1]  # key 3 of a tile is hidden from the tile's queries ...
+    tile[3, 3] = 0  # ... but query 3
+    hidden = later(150, 150)
+    hidden[:128, 3] = True
+    hidden[128:, 131] = True
+    hidden[[3, 131], [3, 131]] = False
     q, k, v = data[0]
     close(prefill(data, maskType=NORM_COMPRESS, isTriuMask=1, mask=tile), dense(q, k, v, hidden))
 
