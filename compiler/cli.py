@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,8 @@ from llmc.compiler.diagnostics import DiagnosticError, UserError, did_you_mean, 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. 0 done, 1 something the user can mend, 2 wrong usage, 130 interrupted."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    args = make_parser(words[0] if words else "").parse_args(words)
     try:
         return args.run(args) or 0
     except UserError as error:
@@ -29,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `llmc show ... | head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
@@ -46,69 +48,65 @@ def report(error: UserError, as_json: bool) -> None:
     print(json.dumps({"ok": False, "problems": problems}, indent=1))
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(command: str) -> argparse.ArgumentParser:
+    """The parser. Only the named command gets its flags, so that compiling imports nothing of the runtime."""
     parser = argparse.ArgumentParser(
         prog="llmc", description="Compile a declared model graph for Ascend NPUs, and run it."
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=f"llmc {version('llmc')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    add = _adder(commands)
-    p = add("compile", compile_command, "write the artifact of a model: generated code and manifest.json")
-    p.add_argument("graph", help="a YAML file, or the name of a packaged model")
-    p.add_argument("-o", "--output", type=Path, help="directory to write (default: build/<model>-<device>-...)")
-    p.add_argument("--until", metavar="PASS", default="", help="stop after this pass and write nothing")
-    p.add_argument("--print", action="store_true", help="print the graph after the last pass")
-    _add_options(p)
-
-    p = add("check", check_command, "read, type and lower a model; write nothing")
-    p.add_argument("graph")
-    _add_options(p)
-
-    p = add("show", show_command, "sizes, types, ATB operations and segments of a model")
-    p.add_argument("graph")
-    _add_options(p)
-
-    p = add("init", init_command, "print the YAML of a new variant from a checkpoint's config.json")
-    p.add_argument("--model-path", "--model_path", type=Path, required=True)
-    p.add_argument("--name", help="name of the variant (default: the directory's name)")
-
-    p = add("ops", ops_command, "list the operators of the language, or explain one")
-    p.add_argument("name", nargs="?")
-    p.add_argument("--json", action="store_true")
-
-    p = add("schema", schema_command, "print the JSON Schema of model files, for editors")
-
-    from llmc.runtime import flags
-
-    p = add("run", run_command, "generate text with a checkpoint")
-    flags.add_run_flags(p)
-    p = add("demo", demo_command, "fetch a small real model, compile it and answer a question on this machine")
-    flags.add_demo_flags(p)
-    p = add("convert", convert_command, "turn .bin or GGUF weights into a safetensors checkpoint")
-    flags.add_convert_flags(p)
+    for name, (run, flags, text) in COMMANDS.items():
+        p = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        p.set_defaults(run=run)
+        if name == command:
+            flags(p)
     return parser
 
 
-def _adder(commands: Any) -> Callable[[str, Callable, str], argparse.ArgumentParser]:
-    def add(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
-        p = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        p.set_defaults(run=run)
-        return p
-
-    return add
+def compile_flags(p: argparse.ArgumentParser) -> None:
+    graph_flags(p)
+    p.add_argument("-o", "--output", type=Path, help="directory to write (default: build/<model>-<device>-...)")
+    p.add_argument("--until", metavar="PASS", default="", help="stop after this pass and write nothing")
+    p.add_argument("--print", action="store_true", help="print the graph after the last pass")
 
 
-def _add_options(p: argparse.ArgumentParser) -> None:
+def graph_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("graph", help="a YAML file, or the name of a packaged model")
     p.add_argument("--device", default="atlas-800i-a2", help="atlas-800i-a2 (default) or host")
     p.add_argument("--dtype", help="float16, bfloat16; on host also float32 (default: the model's)")
     p.add_argument("--attention", default="paged", help="paged (default) or flash")
     p.add_argument("--tp", "--world-size", type=int, default=1, dest="tp", help="world size of tensor parallelism")
-    p.add_argument(
-        "--fuse", metavar="LIST", help="fusions to apply, comma separated, 'none' for none (default: the device's)"
-    )
+    p.add_argument("--fuse", metavar="LIST", help="fusions to apply, comma separated, or none (default: the device's)")
     p.add_argument("--layers-per-segment", type=int, default=0, help="at most so many layers in one ATB graph")
     p.add_argument("--json", action="store_true", help="facts and problems as one JSON object")
+
+
+def init_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--model-path", "--model_path", type=Path, required=True)
+    p.add_argument("--name", help="name of the variant (default: the directory's name)")
+
+
+def ops_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("name", nargs="?")
+    p.add_argument("--json", action="store_true")
+
+
+def run_flags(p: argparse.ArgumentParser) -> None:
+    from llmc.runtime.flags import add_run_flags
+
+    add_run_flags(p)
+
+
+def demo_flags(p: argparse.ArgumentParser) -> None:
+    from llmc.runtime.demo import add_demo_flags
+
+    add_demo_flags(p)
+
+
+def convert_flags(p: argparse.ArgumentParser) -> None:
+    from llmc.runtime.convert import add_convert_flags
+
+    add_convert_flags(p)
 
 
 def _options(args: argparse.Namespace) -> Any:
@@ -222,15 +220,23 @@ def demo_command(args: argparse.Namespace) -> int:
 
 
 def convert_command(args: argparse.Namespace) -> int:
-    from llmc.runtime.convert import convert_command as convert
+    from llmc.runtime import convert
 
-    return convert(args)
+    return convert.run(args)
 
 
-def _version() -> str:
-    from importlib.metadata import version
-
-    return f"llmc {version('llmc')}"
+# name: what runs, what adds its flags, what it does
+COMMANDS: dict[str, tuple[Callable, Callable[[argparse.ArgumentParser], None], str]] = {
+    "compile": (compile_command, compile_flags, "write the artifact of a model: generated code and manifest.json"),
+    "check": (check_command, graph_flags, "read, type and lower a model; write nothing"),
+    "show": (show_command, graph_flags, "sizes, types, ATB operations and segments of a model"),
+    "init": (init_command, init_flags, "print the YAML of a new variant from a checkpoint's config.json"),
+    "ops": (ops_command, ops_flags, "list the operators of the language, or explain one"),
+    "schema": (schema_command, lambda p: None, "print the JSON Schema of model files, for editors"),
+    "run": (run_command, run_flags, "generate text with a checkpoint"),
+    "demo": (demo_command, demo_flags, "fetch a small real model, compile it and answer a question on this machine"),
+    "convert": (convert_command, convert_flags, "turn .bin or GGUF weights into a safetensors checkpoint"),
+}
 
 
 if __name__ == "__main__":

@@ -157,6 +157,8 @@ def check_options(model: Model, options: Options) -> None:
     unknown = sorted(set(options.fusions or ()) - set(FUSIONS))
     if unknown:
         raise UserError(f"unknown fusion {', '.join(unknown)}", hint=f"known: {', '.join(FUSIONS)}", code="E401")
+    if options.layers_per_segment < 0:
+        raise UserError(f"layers-per-segment {options.layers_per_segment}: expected 0 (as many as fit) or more")
     if options.world_size != 1:
         raise UserError(
             f"world size {options.world_size}: this version compiles for one rank only", hint="--tp 1", code="E401"

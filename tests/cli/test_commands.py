@@ -1,0 +1,131 @@
+"""The command line from outside: exit codes, messages, --json, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from llmc.compiler.cli import main
+
+
+def llmc(*args, cwd=None):
+    return subprocess.run([sys.executable, "-m", "llmc.compiler.cli", *args], capture_output=True, text=True, cwd=cwd)
+
+
+def test_compile_writes_the_artifact_under_build_and_says_so_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compile", "llama2-13b"]) == 0
+    out = capsys.readouterr().out
+    folder = tmp_path / "build" / "llama2-13b-atlas-800i-a2-float16-paged-tp1"
+    assert sorted(p.name for p in folder.iterdir()) == ["decode.py", "manifest.json", "prefill.py"]
+    assert out.count("\n") == 1
+    assert str(folder.relative_to(tmp_path)) in out
+
+
+def test_compile_takes_device_dtype_and_attention(tmp_path, capsys):
+    out = tmp_path / "out"
+    args = ["--device", "atlas-800i-a2", "--dtype", "bfloat16", "--attention", "flash", "-o", str(out), "--json"]
+    assert main(["compile", "llama2-13b", *args]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["dtype"], facts["attention"], facts["path"]) == ("bfloat16", "flash", str(out))
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["caches"]["layers.0.attn.core.k_cache"]["shape"] == [1, "B", "S", 5120]
+
+
+@pytest.mark.parametrize("name", ["build", "types", "phase", "swiglu", "add_norm", "lower", "segment"])
+def test_until_a_pass_prints_the_graph_and_writes_nothing(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compile", "smollm2-135m", "--until", name, "--print"]) == 0
+    assert "attn.qkv" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_file_gives_place_caret_and_exit_code_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text("extends: families/llama\nnaem: bad\n")
+    assert main(["compile", "bad.yaml"]) == 1
+    err = capsys.readouterr().err
+    assert "bad.yaml:2:1" in err
+    assert "^^^^" in err
+    assert "Traceback" not in err
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.yaml"]
+
+
+def test_problems_as_json_are_one_object_on_stdout(tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text("extends: families/lama\n")
+    assert main(["check", str(path), "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["ok"] is False
+    assert result["problems"][0]["code"] == "E005"
+    assert result["problems"][0]["line"] == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["compile", "llama2-7b", "--until", "sharding"], "unknown pass"),
+        (["compile", "llama2-7b", "--device", "atlas-800i"], "did you mean 'atlas-800i-a2'"),
+        (["compile", "llama2-7b", "--dtype", "float8"], "float8"),
+        (["compile", "llama2-7b", "--tp", "3"], "world size 3"),
+        (["compile", "llama2-7b", "--layers-per-segment", "-1"], "layers-per-segment"),
+        (["compile", "no-such-model"], "no-such-model"),
+        (["ops", "linaer"], "did you mean 'linear'"),
+        (["run", "--model-path", "no/such/folder"], "no/such/folder"),
+        (["convert", "no/such/folder"], "no/such/folder"),
+        (["init", "--model-path", "no/such/folder"], "no/such/folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_message_that_names_it(args, words, tmp_path):
+    result = llmc(*args, cwd=tmp_path)
+    assert result.returncode in (1, 2)
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_that_cannot_be_written_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["compile", "smollm2-135m", "-o", str(tmp_path / "file" / "out")]) == 1
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_show_names_types_operations_and_segments(capsys):
+    assert main(["show", "llama2-7b"]) == 0
+    out = capsys.readouterr().out
+    for words in ("float16 [T, 4096]", "PagedAttention", "SelfAttention", "segment of", "hidden"):
+        assert words in out
+
+
+def test_ops_lists_every_operator_and_explains_one(capsys):
+    assert main(["ops"]) == 0
+    assert "attention" in capsys.readouterr().out
+    assert main(["ops", "attention"]) == 0
+    assert "kv_heads" in capsys.readouterr().out
+
+
+def test_schema_is_json(capsys):
+    assert main(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["$schema"]
+
+
+def test_init_prints_a_variant_that_compiles(tmp_path, capsys):
+    config = {
+        "model_type": "llama", "hidden_act": "silu", "hidden_size": 128, "intermediate_size": 256, "vocab_size": 200,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "torch_dtype": "float16", "tie_word_embeddings": True,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["init", "--model-path", str(tmp_path), "--name", "mine"]) == 0
+    path = tmp_path / "mine.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert main(["check", str(path)]) == 0
+
+
+def test_output_into_a_closed_pipe_is_no_traceback():
+    command = f"{sys.executable} -m llmc.compiler.cli show llama2-70b | head -n 1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert "Traceback" not in result.stderr
