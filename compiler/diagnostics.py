@@ -104,6 +104,9 @@ class DiagnosticError(UserError):
         self.message, self.hint, self.code = str(self), "", self.diagnostics[0].code
 
 
+MAX_REPORTED = 100  # nobody reads more, and a file can hold a hundred thousand mistakes
+
+
 class Report:
     """Collects the problems of one stage. `sources` maps a file name as in `Place.file` to its text, for carets."""
 
@@ -113,6 +116,8 @@ class Report:
 
     def add(self, code: str, message: str, place: Place | None = None, **more: str) -> None:
         self.diagnostics.append(Diagnostic(code=code, message=message, place=place, **more))
+        if len(self.diagnostics) >= MAX_REPORTED:
+            self.raise_if_any()
 
     def raise_if_any(self) -> None:
         if self.diagnostics:
@@ -130,7 +135,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     import difflib
 
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word[:100], names[:2000], n=1, cutoff=0.6)
     if close:
         return f"did you mean {close[0]!r}?"
     return f"known: {', '.join(names)}" if names and len(names) <= 40 else ""
@@ -138,13 +143,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def render(diagnostics: Iterable[Diagnostic], sources: Mapping[str, str]) -> str:
     """The text form: place, code and message; the line with a caret; found / needed / likely."""
-    return "\n".join("\n".join(_lines(d, sources)) for d in diagnostics)
+    lines = {file: text.splitlines() for file, text in sources.items()}
+    return "\n".join("\n".join(_lines(d, lines)) for d in diagnostics)
 
 
-def _lines(d: Diagnostic, sources: Mapping[str, str]) -> Iterable[str]:
+def _lines(d: Diagnostic, sources: Mapping[str, list[str]]) -> Iterable[str]:
     where = f"{d.place}: " if d.place else ""
     yield f"{where}{d.code} {d.message}"
-    text = sources.get(d.place.file, "").splitlines() if d.place else []
+    text = sources.get(d.place.file, []) if d.place else []
     if d.place and 0 < d.place.line <= len(text):
         line, number = text[d.place.line - 1].rstrip(), f"{d.place.line:>6}"
         start = d.place.column - 1

@@ -403,7 +403,7 @@ class Language(Reader):
         what = f"node '{name}' ({word})"
         slots, attrs = [w.name for w in op.weights], {a.name: a for a in op.attrs}
         known_keys = ["op", *op.inputs, *attrs, *slots]
-        known_keys += ["tp"] if op.weights else []
+        known_keys += ["tp"] if len(op.splits) > 1 else []
         known_keys += ["parts"] if op.parts else []
         required = [*op.inputs, *(a.name for a in op.attrs if a.required)]
         if "parts" not in node.items:

@@ -172,7 +172,7 @@ def operator(op: Op) -> dict[str, Any]:
     properties |= dict.fromkeys(op.inputs, EDGE)
     properties |= {attr.name: attribute(attr) for attr in op.attrs}
     properties |= {slot.name: {**TENSOR, "description": slot.doc} for slot in op.weights}
-    if op.weights:
+    if len(op.splits) > 1:
         properties["tp"] = {"enum": list(op.splits), "description": "how the weight lies over the ranks"}
     if op.parts:
         properties["parts"] = table({"$ref": f"#/$defs/op.{op.name}.part"})
@@ -214,7 +214,7 @@ def operator_tables() -> str:
             for weight in op.weights:
                 optional = "" if weight.required else " (optional)"
                 lines.append(f"| `{weight.name}`{optional} | tensor | {weight.doc} |")
-            if op.weights:
+            if len(op.splits) > 1:
                 splits = ", ".join(f"`{split}`" for split in op.splits)
                 lines.append(f"| `tp` (optional) | choice | {splits}; default `{op.splits[0]}` |")
             if op.parts:

@@ -97,7 +97,7 @@ def load(path_or_name: str | os.PathLike[str]) -> Document:
 
 
 def loads(text: str | bytes, file: str = "<text>") -> Document:
-    """The same for text that is in memory; `extends` finds the catalogue's files."""
+    """The same for text that is in memory; `extends` looks in the working directory first."""
     chain = _Chain(Report({}))
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     return chain.finish(chain.merged(file, data, ""))
@@ -208,8 +208,7 @@ class _Chain:
             self.report.raise_if_any()
         assert isinstance(extends, Scalar)
         name = extends.text
-        path = _find(os.path.join(folder, name)) if folder else None
-        path = path or _find(name if not folder else os.path.join(GRAPHS, _stem(name)))
+        path = _find(os.path.join(folder, name)) or _find(os.path.join(GRAPHS, _stem(name)))
         if path is None:
             known = [*catalogue(), *(f"families/{f[:-5]}" for f in os.listdir(os.path.join(GRAPHS, "families")))]
             self.report.add("E005", f"extends: there is no {name!r}", extends.place, likely=did_you_mean(name, known))

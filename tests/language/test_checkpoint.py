@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from llmc.compiler.build import build_model, load_model
@@ -27,12 +28,12 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
           "original_max_position_embeddings": 8192}  # fmt: skip
 
 
-def published(name: str, **changes: object) -> dict:
+def published(name: str, **changes: Any) -> dict:
     """The model's config.json as transformers writes it today."""
     from transformers import LlamaConfig
 
     hidden, ffn, layers, heads, kv_heads, vocab, positions, eps = PUBLISHED[name]
-    settings = {
+    settings: dict[str, Any] = {
         "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": kv_heads, "vocab_size": vocab, "max_position_embeddings": positions,
         "rms_norm_eps": eps, "tie_word_embeddings": name.startswith("smollm2"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from llmc.compiler.build import load_model
-from llmc.compiler.diagnostics import CODES, Diagnostic, DiagnosticError, to_json
+from llmc.compiler.build import build_model, load_model
+from llmc.compiler.diagnostics import CODES, MAX_REPORTED, Diagnostic, DiagnosticError, to_json
+from llmc.compiler.source import loads
 
 CASES = Path(__file__).parents[1] / "cases" / "language"
 NAMES = sorted(p.stem for p in CASES.glob("*.yaml"))
@@ -15,6 +16,10 @@ NAMES = sorted(p.stem for p in CASES.glob("*.yaml"))
 @pytest.fixture(autouse=True)
 def in_cases(monkeypatch):
     monkeypatch.chdir(CASES)
+
+
+def loads_and_build(text: str) -> None:
+    build_model(loads(text))
 
 
 def diagnostics(name: str) -> DiagnosticError:
@@ -62,3 +67,21 @@ def test_machine_form_has_the_same_places():
 def test_a_code_that_is_not_in_the_table_is_refused():
     with pytest.raises(KeyError, match="E999"):
         Diagnostic(code="E999", message="what")
+
+
+def test_a_hundred_problems_are_enough():
+    with pytest.raises(DiagnosticError) as caught:
+        loads_and_build("".join(f"key{i}: {{a: 1}}\n" for i in range(20_000)))
+    assert len(caught.value.diagnostics) == MAX_REPORTED
+
+
+def test_a_very_long_line_is_cut_around_the_caret():
+    with pytest.raises(DiagnosticError) as caught:
+        loads_and_build("{" + ", ".join(f"key{i}: 1" for i in range(90)) + "}")
+    lines = str(caught.value).splitlines()
+    assert all(len(line) < 140 for line in lines)
+    unknown = [i for i, line in enumerate(lines) if "E101" in line]
+    assert len(unknown) == 90
+    for i in unknown:
+        key = lines[i].split("'")[1]
+        assert lines[i + 1][lines[i + 2].index("^") :].startswith(f"{key}:")

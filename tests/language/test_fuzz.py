@@ -69,8 +69,9 @@ def test_moved_lines(name, data):
 
 
 words = st.sampled_from(
-    ["op", "block", "repeat", "linear", "rope", "attention", "x", "a", "parts", "weight", "out", "hidden", "carry", "next",
-     "nodes", "graph", "sizes", "blocks", "{i}", "null", "head", "layers", "layers.x", "*", "1e-5", "hidden / 3", "-1",
+    ["op", "block", "repeat", "linear", "rope", "attention", "x", "a", "parts", "weight", "out", "hidden", "carry",
+     "next",     "nodes", "graph", "sizes", "blocks",
+     "{i}", "null", "head", "layers", "layers.x", "*", "1e-5", "hidden / 3", "-1",
      "tp", "row", "policy", "support", "config", "is", "or", "text", "theta", "scaling", "type", "yarn", "name"]
 )  # fmt: skip
 leaves = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), words, st.text(max_size=5))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
+from llmc.compiler.build import build_model
 from llmc.compiler.schema import authored, documentation, schema, schema_text
+from llmc.compiler.source import loads
 
 ROOT = Path(__file__).parents[2]
 CASES = ROOT / "tests" / "cases" / "language"
@@ -29,6 +32,13 @@ def test_generated_tables_of_the_language_reference_are_up_to_date():
     page = (ROOT / "docs" / "language.md").read_text()
     assert documentation(page) == page, "run: python -m llmc.compiler.schema"
     assert all(f"### `{op.name}`" in page for op in authored())
+
+
+def test_models_in_the_language_reference_are_good():
+    page = (ROOT / "docs" / "language.md").read_text()
+    models = [block for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "\nname: " in f"\n{block}"]
+    names = [build_model(loads(block)).name for block in models]
+    assert names == ["llama2-13b", "tiny", "mine"]
 
 
 @pytest.mark.parametrize("path", [*MODELS, CASES / "base" / "tiny.yaml"], ids=lambda p: p.stem)
