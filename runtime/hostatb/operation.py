@@ -242,16 +242,22 @@ class Operation:
         for index in plan.marked:
             set_format(outputs[index], plan.outs[index].format)
         if new:
-            check_outputs(core, plan, outputs)
+            check_outputs(core, plan, tensors, outputs)
             if len(self._plans) >= MAX_PLANS:
                 self._plans.pop(next(iter(self._plans)))
             self._plans[key] = plan
         return outputs
 
 
-def check_outputs(core: Core, plan: Plan, outputs: Sequence[Tensor]) -> None:
-    """A kernel that does not give what the table inferred is a mistake of this package."""
+def check_outputs(core: Core, plan: Plan, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """A kernel that does not give what the table inferred, or gives an input back, is a mistake of this package."""
     found = [desc_of(t) for t in outputs]
+    memory = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
+    if shared := [index for index, t in enumerate(outputs) if t.untyped_storage().data_ptr() in memory]:
+        raise AtbError(
+            "ERROR_INTERNAL_ERROR", "an output shares memory with an input; please report",
+            tensor=f"output {shared[0]}", stage="execute",
+        ).at(operation=core.name)  # fmt: skip
     if found != list(plan.outs):
         raise AtbError(
             "ERROR_INTERNAL_ERROR", "a kernel's outputs are not as inferred; please report",
