@@ -97,6 +97,12 @@ class Scheduler:
         for seq in sorted(done, key=self.running.index, reverse=True):
             self._remove(seq)
 
+    def clear(self) -> None:
+        """Drop everything, queued and running; nothing is worth a copy then."""
+        self.waiting.clear()
+        self.finish(list(self.running))
+        self._moves = []
+
     def _admit(self) -> list[Sequence]:
         new: list[Sequence] = []
         tokens = 0

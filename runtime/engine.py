@@ -1,0 +1,190 @@
+"""The engine: prompts in, answers out, over any executor.
+
+    engine = Engine(manifest, executor, tokenizer, caches=caches, max_batch=4)
+    for output in engine.generate(["What's deep learning?"], SamplingParams(max_tokens=64)):
+        print(output.text, output.finish_reason, output.first_token_s)
+
+Times are wall-clock around whole steps that end with the tokens on the host. The first token's time counts from the
+request's arrival, every later one from the token before it, so nothing is counted twice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from llmc.compiler.diagnostics import UserError
+from llmc.runtime.blocks import BlockManager, CacheRoom, RowManager
+from llmc.runtime.runner import Executes, Runner, is_paged
+from llmc.runtime.sampling import Sampler, SamplingParams
+from llmc.runtime.scheduler import Scheduler
+from llmc.runtime.sequence import Sequence as Request
+from llmc.runtime.tokenizer import TextStream, Tokenizer
+
+StreamCallback = Callable[[int, str], None]  # index of the prompt, new text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one step did, for throughput."""
+
+    phase: str
+    tokens_in: int
+    tokens_out: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """One answer. `token_s`: seconds from each token to the next, first token excluded."""
+
+    index: int
+    prompt_tokens: int
+    token_ids: list[int]
+    text: str
+    finish_reason: str  # eos, stop (string or token id), length
+    first_token_s: float
+    token_s: list[float]
+
+    @property
+    def generated_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(kw_only=True)
+class _Job:
+    index: int
+    request: Request
+    stream: TextStream | None
+    limit: int
+
+
+class Engine:
+    """Owns the scheduler and the runner of one artifact. `tokenizer` may be None for prompts of token ids."""
+
+    def __init__(
+        self,
+        manifest: Mapping[str, Any],
+        executor: Executes,
+        tokenizer: Tokenizer | None,
+        *,
+        caches: Mapping[str, torch.Tensor],
+        max_batch: int = 1,
+        max_prefill_tokens: int = 4096,
+        max_length: int | None = None,
+        device: torch.device | str = "cpu",
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.manifest, self.tokenizer, self.clock = manifest, tokenizer, clock
+        self.runner = Runner(manifest, executor, caches, device)
+        shape = next(iter(caches.values())).shape
+        room: CacheRoom
+        if is_paged(manifest):
+            room = BlockManager(num_blocks=shape[0], block_size=shape[1])
+        else:
+            room, max_batch = RowManager(rows=shape[1], length=shape[2]), min(max_batch, shape[1])
+        self.scheduler = Scheduler(room, max_batch=max_batch, max_prefill_tokens=max_prefill_tokens)
+        self.max_length = min(room.capacity, max_length or room.capacity)
+        self.sampler = Sampler()
+        self.steps: list[Step] = []
+        self._jobs: dict[int, _Job] = {}
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        stream_callback: StreamCallback | None = None,
+    ) -> list[Output]:
+        """All answers, in the order of the prompts. Refuses before anything runs when one prompt cannot."""
+        each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
+        if len(each) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
+        self.steps = []
+        try:
+            for i, (prompt, chosen) in enumerate(zip(prompts, each, strict=True)):
+                self._add(i, prompt, chosen)
+            jobs = list(self._jobs.values())
+            while self.scheduler.busy:
+                self._step(stream_callback)
+        finally:
+            self.scheduler.clear()  # also after an error or an interrupt
+            self._jobs = {}
+        return [self._output(job) for job in jobs]
+
+    def _add(self, index: int, prompt: str | Sequence[int], params: SamplingParams) -> None:
+        ids = self._encode(index, prompt)
+        request = Request(prompt_ids=ids, params=params, arrived=self.clock())
+        if len(ids) >= self.max_length:
+            raise UserError(
+                f"prompt {index} has {len(ids)} tokens, but a sequence can have {self.max_length} in all, "
+                "the answer included",
+                hint="shorten it, or raise --max-position-embeddings or the cache",
+            )
+        self.scheduler.add(request)
+        stream = self.tokenizer and TextStream(
+            self.tokenizer, stop=params.stop, skip_special=params.skip_special_tokens, include_stop=params.include_stop
+        )
+        limit = min(params.max_tokens, self.max_length - len(ids))
+        self._jobs[request.id] = _Job(index=index, request=request, stream=stream, limit=limit)
+
+    def _encode(self, index: int, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise UserError(f"prompt {index} is text, and there is no tokenizer", hint="give token ids")
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = list(prompt)
+        vocab = self.manifest.get("sizes", {}).get("vocab")
+        wrong = [t for t in ids if t < 0 or (vocab and t >= vocab)]
+        if wrong:
+            raise UserError(
+                f"prompt {index} holds token id {wrong[0]}; the model knows 0 to {vocab - 1 if vocab else '?'}"
+            )
+        return ids
+
+    def _step(self, callback: StreamCallback | None) -> None:
+        start = self.clock()
+        batch = self.scheduler.schedule()
+        tokens_in = sum(map(len, batch.sequences)) if batch.phase == "prefill" else len(batch.sequences)
+        tokens = self.sampler.sample(self.runner.run(batch), batch.sequences)
+        now = self.clock()
+        self.steps.append(Step(phase=batch.phase, tokens_in=tokens_in, tokens_out=len(tokens), seconds=now - start))
+        for request, token in zip(batch.sequences, tokens, strict=True):
+            request.append(token, now)
+            self._show(self._jobs[request.id], token, callback)
+        self.scheduler.finish(r for r in batch.sequences if r.finish_reason)
+
+    def _show(self, job: _Job, token: int, callback: StreamCallback | None) -> None:
+        request, params = job.request, job.request.params
+        eos = self.tokenizer.eos_ids if self.tokenizer else frozenset(self.manifest.get("eos_token_ids", ()))
+        text = ""
+        if token in eos and not params.ignore_eos:
+            request.finish_reason = "eos"
+        elif token in params.stop_token_ids:
+            request.finish_reason = "stop"
+        elif job.stream:
+            text = job.stream.push(token)
+            request.finish_reason = "stop" if job.stream.stopped else ""
+        if not request.finish_reason and request.output_len >= job.limit:
+            request.finish_reason = "length"
+        if request.finish_reason and job.stream:
+            text += job.stream.finish()
+        if text and callback:
+            callback(job.index, text)
+
+    def _output(self, job: _Job) -> Output:
+        request = job.request
+        times = request.token_times
+        return Output(
+            index=job.index,
+            prompt_tokens=request.prompt_len,
+            token_ids=request.output_ids,
+            text=job.stream.text if job.stream else "",
+            finish_reason=request.finish_reason,
+            first_token_s=times[0] - request.arrived,
+            token_s=[b - a for a, b in pairwise(times)],
+        )

@@ -1,0 +1,150 @@
+"""From scheduled sequences to the graph's inputs, and the step itself.
+
+Enters a `Batch`; leaves logits [B, vocab]. Names and places (host or device) of the inputs are the manifest's; only
+those that a phase lists are passed.
+
+    caches = make_caches(manifest, {"N": 64})
+    runner = Runner(manifest, executor, caches)
+    logits = runner.run(scheduler.schedule())
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from llmc.compiler.diagnostics import UserError
+from llmc.runtime.blocks import BLOCK_SIZE, slot
+from llmc.runtime.rope import rope_tables
+from llmc.runtime.scheduler import Batch
+from llmc.runtime.sequence import Sequence as Request
+
+
+class Executes(Protocol):
+    """What runs a phase: the executor of an artifact, or a stand-in."""
+
+    def run(self, phase: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor: ...
+
+
+def is_paged(manifest: Mapping[str, Any]) -> bool:
+    """Paged caches are [N, block, heads, head_dim], contiguous ones [1, B, S, heads * head_dim]."""
+    return next(iter(manifest["caches"].values()))["shape"][0] == "N"
+
+
+def make_caches(
+    manifest: Mapping[str, Any], sizes: Mapping[str, int], device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Zeroed caches. `sizes`: {"N": blocks} when paged, {"B": rows, "S": tokens} when contiguous."""
+    return {
+        name: torch.zeros(_shape(cache["shape"], sizes), dtype=getattr(torch, cache["dtype"]), device=device)
+        for name, cache in manifest["caches"].items()
+    }
+
+
+def make_constants(
+    manifest: Mapping[str, Any], positions: int, device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Masks and rope tables. `positions`: the longest sequence that will run (P)."""
+    made: dict[str, torch.Tensor] = {}
+    tables: dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
+    for name, constant in manifest["constants"].items():
+        shape, dtype = _shape(constant["shape"], {"P": positions}), getattr(torch, constant["dtype"])
+        match constant["kind"]:
+            case "causal_mask":
+                value = torch.full(shape, constant["value"], dtype=torch.float32)
+                made[name] = value.triu(diagonal=1).to(device=device, dtype=dtype)
+            case "rope_cos" | "rope_sin" as kind:
+                key = (shape[-1], dtype)
+                if key not in tables:
+                    tables[key] = rope_tables(
+                        manifest["rope"], head_dim=shape[-1], positions=shape[0], dtype=dtype, device=device
+                    )
+                made[name] = tables[key][kind == "rope_sin"]
+            case other:
+                raise UserError(f"the artifact's constant {name!r} is of the unknown kind {other!r}", code="E501")
+    return made
+
+
+def _shape(shape: Sequence[int | str], sizes: Mapping[str, int]) -> list[int]:
+    return [dim if isinstance(dim, int) else sizes[dim] for dim in shape]
+
+
+class Runner:
+    """Builds inputs and calls the executor. `caches` are the same tensors that the executor holds."""
+
+    def __init__(
+        self,
+        manifest: Mapping[str, Any],
+        executor: Executes,
+        caches: Mapping[str, torch.Tensor],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.manifest, self.executor, self.caches, self.device = manifest, executor, caches, device
+        self.paged = is_paged(manifest)
+        first = next(iter(manifest["caches"].values()))["shape"]
+        self.block_size = first[1] if self.paged else BLOCK_SIZE
+        self._rows: dict[tuple[int, int], dict[str, torch.Tensor]] = {}  # views of cache rows, made once
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        for move in batch.moves:
+            for cache in self.caches.values():
+                cache[:, move.target, : move.length] = cache[:, move.source, : move.length]
+        inputs = self.inputs(batch)
+        if not self.paged:
+            inputs |= self._cache_rows(batch.first_row, batch.first_row + len(batch.sequences))
+        return self.executor.run(batch.phase, inputs)
+
+    def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The inputs that the phase lists, by name."""
+        values = _prefill(batch.sequences) if batch.phase == "prefill" else _decode(batch.sequences)
+        if self.paged:
+            values |= self._paged(batch.sequences, values["position_ids"], values["seq_len"])
+        facts = self.manifest["inputs"]
+        result = {}
+        for name in self.manifest["phases"][batch.phase]["inputs"]:
+            if name not in values:
+                raise UserError(f"the artifact wants the input {name!r}, which this runtime does not make", code="E501")
+            tensor = torch.tensor(values[name], dtype=getattr(torch, facts[name]["dtype"]))
+            result[name] = tensor if facts[name]["host"] else tensor.to(self.device)
+        return result
+
+    def _paged(self, requests: Sequence[Request], positions: list[int], counts: list[int]) -> dict[str, Any]:
+        width = max(len(r.block_table) for r in requests)
+        owners = [r for r, count in zip(requests, counts, strict=True) for _ in range(count)]
+        return {
+            "slots": [slot(r.block_table, p, self.block_size) for r, p in zip(owners, positions, strict=True)],
+            "block_tables": [r.block_table + [0] * (width - len(r.block_table)) for r in requests],
+        }
+
+    def _cache_rows(self, start: int, end: int) -> dict[str, torch.Tensor]:
+        if (start, end) not in self._rows:
+            self._rows[start, end] = {name: cache[:, start:end] for name, cache in self.caches.items()}
+        return self._rows[start, end]
+
+
+def _prefill(requests: Sequence[Request]) -> dict[str, Any]:
+    """All tokens of all sequences, one after the other, without padding."""
+    lengths = [len(r) for r in requests]
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    return {
+        "token_ids": [t for r in requests for t in r.token_ids],
+        "position_ids": [p for n in lengths for p in range(n)],
+        "last_rows": [end - 1 for end in ends],
+        **_lengths(lengths, lengths),
+    }
+
+
+def _decode(requests: Sequence[Request]) -> dict[str, Any]:
+    """The last token of each sequence; everything before it is in the cache."""
+    return {
+        "token_ids": [r.token_ids[-1] for r in requests],
+        "position_ids": [len(r) - 1 for r in requests],
+        "last_rows": list(range(len(requests))),
+        **_lengths([1] * len(requests), [len(r) for r in requests]),
+    }
+
+
+def _lengths(new: list[int], total: list[int]) -> dict[str, Any]:
+    """seq_len and rope_len: tokens of this step; token_offset and context_lens: tokens in the cache after it."""
+    return {"seq_len": new, "rope_len": new, "token_offset": total, "context_lens": total, "layer_id": [0]}
