@@ -1,0 +1,73 @@
+"""A graph means what the model means: logits of the generated code against Hugging Face transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import CONFIGS, load, save_checkpoint
+
+LENGTHS = [5, 13, 19, 1]  # prompt lengths of one batch
+STEPS = [6, 9, 3, 9]  # tokens fed one by one afterwards
+ATTENTION = ("paged", "flash")
+
+
+def sequences(vocab: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(7)
+    return [
+        torch.randint(0, vocab, (n + m,), generator=generator).tolist() for n, m in zip(LENGTHS, STEPS, strict=True)
+    ]
+
+
+@torch.no_grad()
+def reference(model, tokens, dtype=torch.float32) -> list[torch.Tensor]:
+    """Logits of transformers at the same positions, each sequence alone."""
+    model = model.to(dtype)
+    return [model(torch.tensor([t])).logits[0, n - 1 :].float() for t, n in zip(tokens, LENGTHS, strict=True)]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("fusions", [(), ("swiglu", "add_norm")], ids=["plain", "fused"])
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_float32_logits_equal_transformers_at_prefill_and_at_every_decode_step(name, attention, fusions, tmp_path):
+    model = save_checkpoint(tmp_path, name)
+    tokens = sequences(model.config.vocab_size)
+    ours = load(tmp_path, tmp_path, attention=attention, dtype="float32", fusions=fusions).logits(tokens, LENGTHS)
+    for a, b in zip(ours, reference(model, tokens), strict=True):
+        assert a.shape == b.shape
+        # float32 keeps 24 bits; two layers of sums of 160 terms lose a few of them
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5 * b.abs().max().item())
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["mha", "gqa", "tied", "biases"])
+def test_16_bit_error_is_at_most_a_quarter_above_that_of_transformers(name, dtype, attention, tmp_path):
+    exact, theirs, ours = 0.0, 0.0, 0.0
+    for seed in range(4):  # one model's error is luck; the sum over a few is not
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        model = save_checkpoint(folder, name, seed)
+        tokens = sequences(model.config.vocab_size)
+        truth = torch.cat(reference(model, tokens))
+        low = torch.cat(reference(model, tokens, getattr(torch, dtype)))
+        mine = torch.cat(load(folder, folder, attention=attention, dtype=dtype).logits(tokens, LENGTHS)).float()
+        exact += truth.square().sum().item()
+        theirs += (low - truth).square().sum().item()
+        ours += (mine - truth).square().sum().item()
+    assert theirs > 0
+    assert (ours / exact) ** 0.5 <= 1.25 * (theirs / exact) ** 0.5
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_a_context_beyond_one_cache_block_and_the_compressed_mask_equals_transformers(attention, tmp_path):
+    model = save_checkpoint(tmp_path, "gqa")
+    generator = torch.Generator().manual_seed(3)
+    tokens = [torch.randint(0, 96, (n,), generator=generator).tolist() for n in (200, 140)]
+    ours = load(tmp_path, tmp_path, attention=attention, dtype="float32").logits(tokens, [180, 126])
+    with torch.no_grad():
+        for t, n, a in zip(tokens, (180, 126), ours, strict=True):
+            b = model(torch.tensor([t])).logits[0, n - 1 :]
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-5 * b.abs().max().item())

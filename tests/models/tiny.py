@@ -1,0 +1,141 @@
+"""Tiny random LLaMA checkpoints made by transformers, and our runtime over one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from llmc.compiler import artifact
+from llmc.compiler.checkpoint import read_config, variant_from_config
+from llmc.compiler.pipeline import Options, compile_model
+from llmc.runtime import hostatb
+from llmc.runtime.blocks import BlockManager, RowManager
+from llmc.runtime.executor import Executor
+from llmc.runtime.runner import Runner, make_caches, make_constants
+from llmc.runtime.sampling import SamplingParams
+from llmc.runtime.scheduler import Scheduler
+from llmc.runtime.sequence import Sequence as Request
+from llmc.runtime.weights import load_weights
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+
+# What each adds to the base: heads, tied embeddings, head sizes, vocabularies, biases, rope.
+CONFIGS = {
+    "mha": {"num_key_value_heads": 4},
+    "gqa": {"num_key_value_heads": 2},
+    "mqa": {"num_key_value_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "wide-heads": {"head_dim": 32},
+    "narrow-heads": {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+    "odd-vocab": {"vocab_size": 101},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "linear-rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "llama3-rope": {"rope_parameters": LLAMA3},
+    "yarn-rope": {"rope_parameters": YARN},
+}
+
+# What a variant with biases on every matmul says beyond its sizes.
+BIASES = """
+config: {attention_bias: {is: true}, mlp_bias: {is: true}}
+blocks:
+  attention:
+    nodes:
+      qkv:
+        parts:
+          q: {bias: "model.layers.{i}.self_attn.q_proj.bias"}
+          k: {bias: "model.layers.{i}.self_attn.k_proj.bias"}
+          v: {bias: "model.layers.{i}.self_attn.v_proj.bias"}
+      o: {bias: "model.layers.{i}.self_attn.o_proj.bias"}
+  mlp:
+    nodes:
+      gate_up:
+        parts:
+          gate: {bias: "model.layers.{i}.mlp.gate_proj.bias"}
+          up: {bias: "model.layers.{i}.mlp.up_proj.bias"}
+      down: {bias: "model.layers.{i}.mlp.down_proj.bias"}
+"""
+
+
+def save_checkpoint(folder: Path, name: str, seed: int = 0) -> LlamaForCausalLM:
+    """A float32 model of two layers with weights large enough that every part shows in the logits."""
+    base = {
+        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+        "initializer_range": 0.3, "tie_word_embeddings": False,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**{**base, **CONFIGS[name]})).eval()
+    for parameter_name, parameter in model.named_parameters():  # norms and biases start as ones and zeros
+        if "norm" in parameter_name or "bias" in parameter_name:
+            torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.3)
+    model.save_pretrained(folder)
+    return model
+
+
+@dataclass
+class Ours:
+    """The runtime of one artifact, for teacher-forced steps."""
+
+    runner: Runner
+    scheduler: Scheduler
+
+    def logits(self, tokens: Sequence[Sequence[int]], prompt_lengths: Sequence[int]) -> list[Tensor]:
+        """Feeds the prompts in one prefill, then the given tokens one by one, all sequences together, and a shorter
+        sequence leaves when it ends. Returns per sequence the logits after its prompt and after each further token."""
+        requests = [
+            Request(prompt_ids=list(t[:n]), params=SamplingParams(max_tokens=len(t)))
+            for t, n in zip(tokens, prompt_lengths, strict=True)
+        ]
+        found: dict[int, list[Tensor]] = {r.id: [] for r in requests}
+        rest = {r.id: list(t[n:]) for r, t, n in zip(requests, tokens, prompt_lengths, strict=True)}
+        for request in requests:
+            self.scheduler.add(request)
+        while self.scheduler.busy:
+            batch = self.scheduler.schedule()
+            rows = self.runner.run(batch)
+            done = []
+            for request, row in zip(batch.sequences, rows, strict=True):
+                found[request.id].append(row.clone())
+                if rest[request.id]:
+                    request.append(rest[request.id].pop(0), 0.0)
+                else:
+                    done.append(request)
+            self.scheduler.finish(done)
+        return [torch.stack(found[r.id]) for r in requests]
+
+
+def variant(checkpoint: Path) -> str:
+    """YAML for the checkpoint, as `llmc init` prints it; biases are the author's to add."""
+    config = read_config(checkpoint)
+    biases = BIASES if config.get("attention_bias") else ""
+    return variant_from_config({**config, "attention_bias": False, "mlp_bias": False}, "tiny") + biases
+
+
+def load(checkpoint: Path, work: Path, positions: int = 256, **options) -> Ours:
+    """Compile the checkpoint's variant for the host and bind its weights."""
+    graph = work / "variant.yaml"
+    graph.write_text(variant(checkpoint))
+    compiled = compile_model(str(graph), Options(device="host", **options))
+    path = work / "-".join(map(str, options.values()))
+    artifact.write(compiled, path)
+    found = artifact.read(path)
+    manifest = found.manifest
+    paged = manifest["attention"] == "paged"
+    caches = make_caches(manifest, {"N": 32} if paged else {"B": 8, "S": positions})
+    executor = Executor(
+        found,
+        hostatb,
+        weights=load_weights(manifest["weights"], checkpoint, progress=False),
+        constants=make_constants(manifest, positions),
+        caches=caches,
+    )
+    room = BlockManager(num_blocks=32) if paged else RowManager(rows=8, length=positions)
+    return Ours(Runner(manifest, executor, caches), Scheduler(room, max_batch=8, max_prefill_tokens=4096))
