@@ -138,6 +138,7 @@ class Language(Reader):
         self.used: set[str] = set()  # sizes that something reads
         self.open: list[str] = []  # sizes whose definitions are being evaluated
         self.bad: set[str] = set()  # sizes that are reported already
+        self.values: dict[str, Number] = {}  # sizes whose value is known
         self.known_keys(root, MODEL_KEYS, "a model", required=("name", "sizes", "graph", "outputs"))
         self.name = self.model_name(root.items.get("name"))
         self.size_defs = self.mapping(root.items.get("sizes"), "sizes")
@@ -187,6 +188,8 @@ class Language(Reader):
         value = self.rope_of(name) if name.startswith("rope.") else None
         if value is not None:
             return value
+        if name in self.values:
+            return self.values[name]
         definition = self.size_defs.items.get(name)
         if definition is None:
             raise UnknownName(f"unknown size {name!r}", likely=self.meant(name))
@@ -201,7 +204,8 @@ class Language(Reader):
             return definition.value
         self.open.append(name)
         try:
-            return evaluate(definition.text, self.lookup)
+            self.values[name] = evaluate(definition.text, self.lookup)
+            return self.values[name]
         except ExpressionError as error:
             # What is wrong with a definition is told where it stands; a circle is told where it was entered.
             raise UnknownName(error.message, code="E202" if error.code == "E202" else TOLD) from None

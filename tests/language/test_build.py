@@ -247,6 +247,16 @@ def test_policy_and_support_are_normalised():
     assert model.support == {"host": {"tp": (1, 2), "dtypes": ("float32",), "attention": ("paged",)}}
 
 
+def test_sizes_that_read_each_other_twice_are_evaluated_once():
+    """40 to the power of 18 otherwise."""
+    chain = "".join(f"  s{i}: ({' + '.join([f's{i + 1}'] * 40)}) / 40\n" for i in range(18))
+    text = (
+        f"name: t\nsizes:\n  max_positions: 8\n{chain}  s18: 4\noutputs: {{logits: a}}\n"
+        "graph: {a: {op: embedding, ids: token_ids, rows: s0, width: s0, weight: w}}\n"
+    )
+    assert build(loads(text)).sizes["s0"] == 4
+
+
 def test_an_edge_may_be_written_before_what_it_names():
     text = (
         "name: t\nsizes: {n: 4, max_positions: 8}\noutputs: {logits: b}\n"
