@@ -89,9 +89,19 @@ class Header:
             raise UserError(f"{self.path}: {key} differs between layers ({value}); a LlamaConfig has one for all")
         return value[0]
 
-    def need(self, key: str) -> Any:
-        if (value := self.get(key)) is None:
+    def number(self, key: str, kind: type[int] | type[float], default: Any = None) -> Any:
+        """A key that must be there, or have a default, as a positive number."""
+        if (value := self.get(key, default)) is None:
             raise UserError(f"{self.path}: the header has no {self.architecture}.{key}")
+        if type(value) is not kind or not 0 < value < math.inf:
+            raise UserError(f"{self.path}: {self.architecture}.{key} is {value!r}; expected a positive {kind.__name__}")
+        return value
+
+    def token_id(self, name: str) -> int | None:
+        """`tokenizer.ggml.NAME_token_id`, if the file has it."""
+        value = self.meta.get(f"tokenizer.ggml.{name}_token_id")
+        if value is not None and type(value) is not int:
+            raise UserError(f"{self.path}: tokenizer.ggml.{name}_token_id is {value!r}; expected a number")
         return value
 
 
@@ -126,7 +136,7 @@ def read_header(path: Path) -> Header:
             warnings.simplefilter("ignore")  # numpy overflow warnings on damaged offsets; the error below says it
             reader = gguf.GGUFReader(path)
             meta = {key: field.contents() for key, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError) as error:
         size = path.stat().st_size
         raise UserError(
             f"{path} is damaged, cut off ({size} bytes) or of an unknown GGUF version: {error}",
@@ -134,7 +144,7 @@ def read_header(path: Path) -> Header:
         ) from error
     if reader.byte_order == "S":
         raise UserError(f"{path} is a big-endian GGUF; only little-endian files are read")
-    if (parts := meta.get("split.count", 0)) > 1:
+    if (parts := meta.get("split.count", 0)) not in (0, 1):
         raise UserError(f"{path} is one of {parts} parts", hint="join them first: llama-gguf-split --merge")
     architecture = str(meta.get("general.architecture", ""))
     if architecture not in ARCHITECTURES:
@@ -153,8 +163,8 @@ def config_of(header: Header) -> dict[str, Any]:
     for key, off in REFUSED_KEYS.items():
         if (value := header.get(key)) is not None and value != off:
             raise UserError(f"{header.path}: {header.architecture}.{key} is {value}; a LlamaConfig cannot say this")
-    hidden, heads = header.need("embedding_length"), header.need("attention.head_count")
-    head_dim = header.get("attention.key_length") or hidden // heads
+    hidden, heads = header.number("embedding_length", int), header.number("attention.head_count", int)
+    head_dim = header.number("attention.key_length", int, max(hidden // heads, 1))
     for key in ("rope.dimension_count", "attention.value_length"):
         if (found := header.get(key, head_dim)) != head_dim:
             raise UserError(
@@ -163,22 +173,27 @@ def config_of(header: Header) -> dict[str, Any]:
     if "token_embd.weight" not in header.tensors:
         raise UserError(f"{header.path} has no token_embd.weight: it holds no model, or only its vocabulary")
 
+    layers = header.number("block_count", int)
+    stored = len({name.split(".")[1] for name in header.tensors if name.startswith("blk.")})
+    if layers != stored:
+        raise UserError(f"{header.path}: block_count is {layers}, but there are tensors of {stored} layers")
+
     architectures, model_type = ARCHITECTURES[header.architecture]
     config = {
         "architectures": [architectures],
         "model_type": model_type,
         "hidden_size": hidden,
-        "intermediate_size": header.need("feed_forward_length"),
-        "num_hidden_layers": header.need("block_count"),
+        "intermediate_size": header.number("feed_forward_length", int),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": header.get("attention.head_count_kv", heads),
+        "num_key_value_heads": header.number("attention.head_count_kv", int, heads),
         "head_dim": head_dim,
         "vocab_size": int(
             header.tensors["token_embd.weight"].shape[-1]
         ),  # the table itself; llama.vocab_size may differ
-        "max_position_embeddings": header.need("context_length"),
-        "rms_norm_eps": shortest(header.need("attention.layer_norm_rms_epsilon")),
-        "rope_theta": shortest(header.get("rope.freq_base", 10000.0)),
+        "max_position_embeddings": header.number("context_length", int),
+        "rms_norm_eps": shortest(header.number("attention.layer_norm_rms_epsilon", float)),
+        "rope_theta": shortest(header.number("rope.freq_base", float, 10000.0)),
         "hidden_act": "silu",
         "attention_bias": _has_bias(header, ("attn_q", "attn_k", "attn_v", "attn_output")),
         "mlp_bias": _has_bias(header, ("ffn_gate", "ffn_up", "ffn_down")),
@@ -188,7 +203,7 @@ def config_of(header: Header) -> dict[str, Any]:
     if scaling := _rope_scaling(header, config):
         config["rope_scaling"] = scaling
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        config[f"{name}_token_id"] = header.meta.get(f"tokenizer.ggml.{key}_token_id")
+        config[f"{name}_token_id"] = header.token_id(key)
     return config
 
 
@@ -214,25 +229,25 @@ def _has_bias(header: Header, names: Sequence[str]) -> bool:
 def _rope_scaling(header: Header, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """`rope_scaling` from `rope.scaling.*`, or from the table `rope_freqs` that stands for Llama 3.1's rule."""
     kind = header.get("rope.scaling.type", "none")
-    factor = header.get("rope.scaling.factor", header.get("rope.scale_linear"))
-    if factor is not None and kind == "none" and header.get("rope.scale_linear"):
-        kind = "linear"  # the key of files from before rope.scaling.*
-    original = header.get("rope.scaling.original_context_length")
-    if kind == "linear" and factor not in (None, 0.0, 1.0):
-        return {"rope_type": "linear", "factor": shortest(factor)}
+    if kind == "none" and header.get("rope.scale_linear"):
+        kind = "linear"  # files from before rope.scaling.* have this key alone
+    original = header.number("rope.scaling.original_context_length", int, LLAMA3_ROPE[2])
+    if kind == "linear":
+        factor = header.number("rope.scaling.factor", float, header.get("rope.scale_linear"))
+        return {"rope_type": "linear", "factor": shortest(factor)} if factor != 1.0 else None
     if kind == "yarn":
-        if factor is None or original is None:
-            raise UserError(f"{header.path}: yarn rope without rope.scaling.factor and original_context_length")
+        factor = header.number("rope.scaling.factor", float)
+        original = header.number("rope.scaling.original_context_length", int)
         # llama.cpp multiplies these into its own attention factor; Hugging Face's attention_factor replaces it.
         for key, off in (("attn_factor", 1.0), ("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0)):
             if (value := header.get(f"rope.scaling.{key}", off)) != off:
                 raise UserError(f"{header.path}: rope.scaling.{key} is {value}; only {off} has a meaning for llama")
         scaling = {"rope_type": "yarn", "factor": shortest(factor), "original_max_position_embeddings": original}
         for key in ("beta_fast", "beta_slow"):
-            if (value := header.get(f"rope.scaling.yarn_{key}")) is not None:
-                scaling[key] = shortest(value)
+            if header.get(f"rope.scaling.yarn_{key}") is not None:
+                scaling[key] = shortest(header.number(f"rope.scaling.yarn_{key}", float))
         return scaling
-    if kind not in ("none", "linear"):
+    if kind != "none":
         raise UserError(f"{header.path}: rope scaling {kind!r} is not supported; supported: none, linear, yarn, llama3")
     if "rope_freqs.weight" not in header.tensors:
         return None
@@ -242,14 +257,12 @@ def _rope_scaling(header: Header, config: Mapping[str, Any]) -> dict[str, Any] |
     return _llama3(header.path, factors.tolist(), config, original)
 
 
-def _llama3(
-    path: Path, found: Sequence[float], config: Mapping[str, Any], original: int | None
-) -> dict[str, Any] | None:
+def _llama3(path: Path, found: Sequence[float], config: Mapping[str, Any], old: int) -> dict[str, Any] | None:
     """Llama 3.1's rule, if it gives these factors (one per pair of a head): frequency_i is divided by found[i]."""
     if all(value == 1.0 for value in found):
         return None
-    low, high, default = LLAMA3_ROPE
-    old, factor, dim = original or default, shortest(max(found)), config["head_dim"]
+    low, high, _ = LLAMA3_ROPE
+    factor, dim = shortest(max(found)), config["head_dim"]
     expected = []
     for i in range(dim // 2):
         waves = old * config["rope_theta"] ** (-2 * i / dim) / (2 * math.pi)  # wavelengths in the original context
@@ -402,7 +415,7 @@ def _tokenizer_files(header: Header, config: Mapping[str, Any]) -> tuple[list[st
     """
     meta = header.meta
     tokens = meta.get("tokenizer.ggml.tokens", [])
-    stop = [meta.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    stop = [header.token_id(key) for key in ("eos", "eot", "eom")]
     eos = list(dict.fromkeys(token for token in stop if token is not None))
     generation = {
         "bos_token_id": config["bos_token_id"],
@@ -416,9 +429,9 @@ def _tokenizer_files(header: Header, config: Mapping[str, Any]) -> tuple[list[st
 
     notes, text = _tokenizer_json(header)
     special = {
-        f"{ours}_token": tokens[meta[key]]
+        f"{ours}_token": tokens[token]
         for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if 0 <= meta.get(key := f"tokenizer.ggml.{theirs}_token_id", -1) < len(tokens)
+        if (token := header.token_id(theirs)) is not None and 0 <= token < len(tokens)
     }
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # tokenizer.json as it is, whatever the model type
