@@ -113,7 +113,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     path = Path(path)
     config = _json(path / "tokenizer_config.json")
     if (path / "tokenizer.json").exists():
-        encode, decode, id_of, special = _fast(path, config)
+        encode, decode, id_of, special = _fast(path)
     elif (path / "tokenizer.model").exists():
         encode, decode, id_of, special = _sentencepiece(path)
     else:
@@ -127,7 +127,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     return Tokenizer(
         encode=encode,
         decode=decode,
-        special_ids=special | frozenset(eos),
+        special_ids=special,
         bos_id=bos_id if bos_id is not None else next(iter(bos), None),
         eos_ids=frozenset(eos),
         template=_template(path, config),
@@ -135,7 +135,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     )
 
 
-def _fast(path: Path, config: Mapping[str, Any]) -> tuple[Any, Any, Any, frozenset[int]]:
+def _fast(path: Path) -> tuple[Any, Any, Any, frozenset[int]]:
     from tokenizers import Tokenizer as Fast
 
     try:
@@ -144,24 +144,14 @@ def _fast(path: Path, config: Mapping[str, Any]) -> tuple[Any, Any, Any, frozens
         raise UserError(f"{path / 'tokenizer.json'} cannot be read: {error}") from None
     fast.no_padding()
     fast.no_truncation()
-    tokens = _special_tokens(path, config)
-    around = {side: fast.token_to_id(tokens.get(f"{side}_token", "")) for side in ("bos", "eos")}
-    # transformers replaces the file's post-processor when the configuration says which tokens to add
-    told = "add_bos_token" in config or "add_eos_token" in config or not _has_post_processor(path)
-    first = [around["bos"]] if config.get("add_bos_token") and around["bos"] is not None else []
-    last = [around["eos"]] if config.get("add_eos_token") and around["eos"] is not None else []
 
     def encode(text: str, special: bool) -> list[int]:
-        if told and special:
-            return [*first, *fast.encode(text, add_special_tokens=False).ids, *last]
+        # The post-processor of tokenizer.json says which tokens are added; like transformers 5, this ignores
+        # add_bos_token and add_eos_token of tokenizer_config.json beside it.
         return list(fast.encode(text, add_special_tokens=special).ids)
 
     special = {i for i, token in fast.get_added_tokens_decoder().items() if token.special}
     return encode, lambda ids: fast.decode(ids, skip_special_tokens=False), fast.token_to_id, frozenset(special)
-
-
-def _has_post_processor(path: Path) -> bool:
-    return _json(path / "tokenizer.json").get("post_processor") is not None
 
 
 def _sentencepiece(path: Path) -> tuple[Any, Any, Any, frozenset[int]]:

@@ -1,8 +1,7 @@
 """The engine over a stand-in executor that really reads its caches: wrong slots, rows or lengths change the tokens.
 
 The stand-in writes each token into the cache where it is told to, gathers the whole context from the cache, and gives
-logits
-that are a hash of it. A plain loop over the token list is the oracle. Needs torch.
+logits that are a hash of it. A plain loop over the token list is the oracle. Needs torch.
 """
 
 from __future__ import annotations
