@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import CONFIGS, load, save_checkpoint
+from llmc.compiler.build import load_model
+from llmc.compiler.source import catalogue
+from tiny import CONFIGS, load, save_checkpoint, save_model
 
 LENGTHS = [5, 13, 19, 1]  # prompt lengths of one batch
 STEPS = [6, 9, 3, 9]  # tokens fed one by one afterwards
@@ -71,3 +73,32 @@ def test_a_context_beyond_one_cache_block_and_the_compressed_mask_equals_transfo
         for t, n, a in zip(tokens, (180, 126), ours, strict=True):
             b = model(torch.tensor([t])).logits[0, n - 1 :]
             torch.testing.assert_close(a, b, rtol=0, atol=2e-5 * b.abs().max().item())
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("name", catalogue())
+def test_every_catalogue_model_shrunk_to_test_size_equals_transformers(name, attention, tmp_path):
+    graph = load_model(name).graph
+    heads, kv_heads = graph.sizes["heads"], graph.sizes["kv_heads"]
+    groups = min(4, kv_heads)
+    sizes = {"layers": 2, "kv_heads": groups, "heads": groups * (heads // kv_heads), "ffn": 160, "vocab": 96}
+    sizes |= {"hidden": 16 * sizes["heads"], "max_positions": 256}
+    tied = graph.by_name["lm_head"].weights["weight"].sources[0].tensor == "model.embed_tokens.weight"
+    model = save_model(
+        tmp_path,
+        {
+            "hidden_size": sizes["hidden"],
+            "intermediate_size": sizes["ffn"],
+            "num_attention_heads": sizes["heads"],
+            "num_key_value_heads": groups,
+            "rms_norm_eps": graph.sizes["eps"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": graph.rope["theta"]},
+            "tie_word_embeddings": tied,
+        },
+    )
+    text = f"extends: {name}\nname: shrunk\nsizes: {sizes}\n".replace("'", "")
+    tokens = sequences(96)
+    ours = load(tmp_path, tmp_path, text, attention=attention, dtype="float32").logits(tokens, LENGTHS)
+    for a, b in zip(ours, reference(model, tokens), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5 * b.abs().max().item())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from llmc.compiler import artifact
@@ -66,13 +67,20 @@ blocks:
 
 def save_checkpoint(folder: Path, name: str, seed: int = 0) -> LlamaForCausalLM:
     """A float32 model of two layers with weights large enough that every part shows in the logits."""
+    return save_model(folder, CONFIGS[name], seed)
+
+
+def save_model(folder: Path, differences: Mapping[str, Any], seed: int = 0) -> LlamaForCausalLM:
     base = {
         "vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
-        "initializer_range": 0.3, "tie_word_embeddings": False,
+        "tie_word_embeddings": False,
     }  # fmt: skip
+    config = {**base, **differences}
+    # Variance of a sum of `hidden` terms stays that of width 64, so that scores do not saturate as models widen.
+    config["initializer_range"] = 0.3 * (64 / config["hidden_size"]) ** 0.5
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**base, **CONFIGS[name]})).eval()
+    model = LlamaForCausalLM(LlamaConfig(**config)).eval()
     for parameter_name, parameter in model.named_parameters():  # norms and biases start as ones and zeros
         if "norm" in parameter_name or "bias" in parameter_name:
             torch.nn.init.normal_(parameter, mean=float("norm" in parameter_name), std=0.3)
@@ -119,10 +127,10 @@ def variant(checkpoint: Path) -> str:
     return variant_from_config({**config, "attention_bias": False, "mlp_bias": False}, "tiny") + biases
 
 
-def load(checkpoint: Path, work: Path, positions: int = 256, **options) -> Ours:
-    """Compile the checkpoint's variant for the host and bind its weights."""
+def load(checkpoint: Path, work: Path, text: str = "", positions: int = 256, **options) -> Ours:
+    """Compile the checkpoint's variant (or the YAML `text`) for the host and bind its weights."""
     graph = work / "variant.yaml"
-    graph.write_text(variant(checkpoint))
+    graph.write_text(text or variant(checkpoint))
     compiled = compile_model(str(graph), Options(device="host", **options))
     path = work / "-".join(map(str, options.values()))
     artifact.write(compiled, path)
