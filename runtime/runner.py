@@ -10,6 +10,7 @@ those that a phase lists are passed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -36,10 +37,19 @@ def make_caches(
     manifest: Mapping[str, Any], sizes: Mapping[str, int], device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
     """Zeroed caches. `sizes`: {"N": blocks} when paged, {"B": rows, "S": tokens} when contiguous."""
-    return {
-        name: torch.zeros(_shape(cache["shape"], sizes), dtype=getattr(torch, cache["dtype"]), device=device)
-        for name, cache in manifest["caches"].items()
-    }
+    caches: dict[str, torch.Tensor] = {}
+    for name, cache in manifest["caches"].items():
+        shape, dtype = _shape(cache["shape"], sizes), getattr(torch, cache["dtype"])
+        try:
+            caches[name] = torch.zeros(shape, dtype=dtype, device=device)
+        except RuntimeError:  # torch.OutOfMemoryError on devices, a plain RuntimeError on the host
+            each, count = math.prod(shape) * dtype.itemsize, len(manifest["caches"])
+            raise UserError(
+                f"the cache needs {count} tensors of {each / 2**20:.0f} MiB ({each * count / 2**30:.1f} GiB), and "
+                f"{device} had room for {len(caches)} of them",
+                hint="fewer or shorter prompts, a smaller --max-output-length or --num-blocks",
+            ) from None
+    return caches
 
 
 def make_constants(

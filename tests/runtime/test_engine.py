@@ -258,6 +258,11 @@ def test_text_needs_a_tokenizer():
         engine.generate(["hello"])
 
 
+def test_a_cache_beyond_memory_is_refused_with_its_size():
+    with pytest.raises(UserError, match=r"1 tensors of 16777216 MiB \(16384.0 GiB\)"):
+        make_caches(manifest("paged"), {"N": 2**40})
+
+
 def test_constants_of_a_manifest():
     facts = {
         "rope": {"theta": 100.0, "pairing": "half"},
