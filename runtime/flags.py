@@ -214,6 +214,8 @@ def check_run_flags(args: argparse.Namespace) -> None:
     given = [name for name in ("input_text", "input_ids", "input_file") if getattr(args, name) is not None]
     if len(given) > 1:
         problems.append(f"{' and '.join(spellings(n)[0] for n in given)} cannot be used together")
+    if args.graph and args.artifact:
+        problems.append("--graph and --artifact cannot be used together: an artifact is compiled already")
     for chosen in (dtype_of, attention_of):
         try:
             chosen(args)

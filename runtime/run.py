@@ -178,7 +178,7 @@ def _template(args: argparse.Namespace) -> str | None:
 def _artifact(args: argparse.Namespace, cleanup: contextlib.ExitStack) -> artifacts.Artifact:
     """The artifact given, or one compiled now for the checkpoint into a directory that ends with the run."""
     if args.artifact:
-        return artifacts.read(Path(args.artifact))
+        return _as_asked(args, artifacts.read(Path(args.artifact)))
     config = read_config(args.model_path)
     config_path = str(Path(args.model_path) / "config.json")
     graph = args.graph or choose_variant(config, config_path)
@@ -188,6 +188,20 @@ def _artifact(args: argparse.Namespace, cleanup: contextlib.ExitStack) -> artifa
     target = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="llmc-"))) / "artifact"
     artifacts.write(compile_model(graph, options), target)
     return artifacts.read(target)
+
+
+def _as_asked(args: argparse.Namespace, artifact: artifacts.Artifact) -> artifacts.Artifact:
+    """An artifact is what it was compiled to be; flags that ask for something else are a mistake."""
+    silent = (args.attention, args.is_flash_causal_lm, args.is_flash_model) == (None, None, None)
+    asked = {"dtype": dtype_of(args), "attention": None if silent else attention_of(args)}
+    problems = [
+        f"it was compiled for {key} {artifact.manifest[key]}, and {value} is asked for"
+        for key, value in asked.items()
+        if value not in (None, artifact.manifest[key])
+    ]
+    if problems:
+        raise UserError(f"artifact {artifact.path}: {'; '.join(problems)}", hint="leave the flag out, or compile again")
+    return artifact
 
 
 def backend(manifest: Mapping[str, Any], wanted: str | None) -> tuple[ModuleType, torch.device]:

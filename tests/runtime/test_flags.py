@@ -130,6 +130,7 @@ def test_is_bf16_is_a_dtype():
         (["--trust_remote_code"], "code of a checkpoint is never run"),
         (["--is-bf16", "--dtype", "float16"], "--is-bf16 contradicts --dtype float16"),
         (["--attention", "flash", "--is_flash_causal_lm", "True"], "contradiction: --attention asks for flash"),
+        (["--graph", "g.yaml", "--artifact", "d"], "--graph and --artifact cannot be used together"),
         (["--attention", "sparse"], "--attention sparse: expected paged or flash"),
         (["--input_text", "a", "--input_ids", "1"], "--input-text and --input-ids cannot be used together"),
     ],

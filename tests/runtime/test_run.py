@@ -130,7 +130,6 @@ def test_a_small_cache_and_bfloat16_work(checkpoint, capsys):
         (["--input-file", "nowhere.txt"], "--input-file nowhere.txt cannot be read"),
         (["--chat"], "no chat template"),
         (["--load-tokenizer", "False"], "text needs a tokenizer"),
-        (["--artifact", "nowhere"], "nowhere is not a directory"),
         (["--dtype", "float8"], "float8"),
         (["--device", "gpu"], "gpu"),
         (["--torch-device", "nonsense"], "--torch-device nonsense"),
@@ -142,6 +141,32 @@ def test_a_mistake_is_one_message_on_stderr_and_code_1(checkpoint, capsys, words
     assert message in said.err
     assert "Traceback" not in said.err
     assert said.out == ""
+
+
+def test_an_artifact_is_run_as_it_was_compiled(checkpoint, capsys, tmp_path):
+    target = str(tmp_path / "built")
+    made = ["compile", str(checkpoint / "mine.yaml"), "--device", "host", "--dtype", "float32", "--attention", "flash"]
+    assert main([*made, "-o", target]) == 0
+    words = [
+        "run",
+        "--model-path",
+        str(checkpoint),
+        "--artifact",
+        target,
+        "--input-ids",
+        "1,5",
+        "--ignore-eos",
+        "--json",
+    ]
+    capsys.readouterr()
+    assert main([*words, "--max-output-length", "5"]) == 0
+    assert json.loads(capsys.readouterr().out)["outputs"][0]["token_ids"] == reference(checkpoint, [1, 5], 5)
+    assert main([*words[:-1], "--dtype", "bfloat16", "--attention", "paged"]) == 1
+    said = capsys.readouterr().err
+    assert "compiled for attention flash, and paged is asked for" in said
+    assert "compiled for dtype float32, and bfloat16 is asked for" in said
+    assert main([*words[:3], "--artifact", "nowhere"]) == 1
+    assert "nowhere is not a directory" in capsys.readouterr().err
 
 
 def test_a_path_that_is_no_checkpoint(capsys, tmp_path):
