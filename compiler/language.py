@@ -554,7 +554,8 @@ class Language(Reader):
             offer = self.mapping(item, what)
             if offer.items:
                 self.known_keys(offer, SUPPORT_KEYS, what, required=("tp",))
-            found[device] = settings = {}
+            settings: dict[str, tuple] = {}
+            found[device] = settings
             if "tp" in offer.items:
                 tp = [self.whole(v, f"tp of {what}", 1024) for v in self.listed(offer.items["tp"], f"tp of {what}")]
                 settings["tp"] = tuple(size for size in tp if size)

@@ -101,33 +101,38 @@ def compile_model(path: str, options: Options, *, until: str = "") -> Compiled:
 def _run(model: Model, options: Options, until: str) -> Compiled:
     target = device(options.device)
     graph = model.graph
-    verify_graph(graph)
+    verify(graph, target.chip)
     done = until == "build"
     for step in MODEL_PASSES:
         if done:
             break
         graph = step.run(graph, options)
-        verify_graph(graph)
+        verify(graph, target.chip)
         done = step.name == until
-    common = {"model": model, "options": options, "device": target, "dtype": graph.dtype, "graph": graph}
-    if done:
-        return Compiled(phases={"model": graph}, **common)
-    results, lowered = {}, {}
-    for phase in PHASES:
+    phases: dict[str, Any] = {"model": graph} if done else {}
+    lowered: dict[str, AtbGraph] = {}
+    for phase in () if done else PHASES:
         result: Any = split_phase(graph, phase)
-        verify_graph(result)
+        verify(result, target.chip)
         for step in PHASE_PASSES if until != "phase" else ():
-            if isinstance(result, Graph) and not step.when(step.name, result, options):
-                continue
-            result = step.run(result, options)
-            verify(result, target.chip)
+            if step.when(step.name, result, options):
+                result = step.run(result, options)
+                verify(result, target.chip)
             if isinstance(result, AtbGraph):
                 lowered[phase] = result
             if step.name == until:
                 break
-        results[phase] = result
-    segments = results if until in ("", "segment") else {}
-    return Compiled(phases=results, lowered=lowered, segments=segments, **common)
+        phases[phase] = result
+    return Compiled(
+        model=model,
+        options=options,
+        device=target,
+        dtype=graph.dtype,
+        graph=graph,
+        phases=phases,
+        lowered=lowered,
+        segments=phases if until in ("", "segment") else {},
+    )
 
 
 def verify(result: Any, chip: str) -> None:

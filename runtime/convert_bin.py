@@ -15,8 +15,8 @@ import re
 import shutil
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ def plan_bin(source: Path, dtype: str | None) -> Plan:
                 name=key,
                 shape=tuple(value.shape),
                 dtype=dtype if dtype and value.is_floating_point() else str(value.dtype).removeprefix("torch."),
-                chunks=lambda path=path, key=key: _values(load(path)[key], dtype),
+                chunks=partial(_stored, load, path, key, dtype),
             )
             for key, value in load(path).items()
         )
@@ -65,6 +65,11 @@ def plan_bin(source: Path, dtype: str | None) -> Plan:
         config=config,
         settings={"kind": "bin", "dtype": dtype},
     )
+
+
+def _stored(load: Callable[[Path], Any], path: Path, key: str, dtype: str | None) -> Iterator[torch.Tensor]:
+    """Values of one tensor, read from its file when they are wanted."""
+    return _values(load(path)[key], dtype)
 
 
 def _weight_files(source: Path) -> list[Path]:

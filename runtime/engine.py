@@ -125,9 +125,10 @@ class Engine:
                 hint="shorten it, or raise --max-position-embeddings or the cache",
             )
         self.scheduler.add(request)
-        stream = self.tokenizer and TextStream(
-            self.tokenizer, stop=params.stop, skip_special=params.skip_special_tokens, include_stop=params.include_stop
-        )
+        stream = None
+        if self.tokenizer:
+            skip, include = params.skip_special_tokens, params.include_stop
+            stream = TextStream(self.tokenizer, stop=params.stop, skip_special=skip, include_stop=include)
         limit = min(params.max_tokens, self.max_length - len(ids))
         self._jobs[request.id] = _Job(index=index, request=request, stream=stream, limit=limit)
 

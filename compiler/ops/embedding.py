@@ -31,10 +31,7 @@ def last_token_shape(node: Node, types: Sequence[TensorType]) -> list[TensorType
 
 
 def last_token_lower(node: Node, low: Lowering) -> None:
-    """Prefill gathers the last row of each sequence; in decode every sequence has one row already (T = B)."""
-    if low.phase == "decode":
-        low.alias(node.value(), node.inputs["x"])
-        return
+    """Prefill only: in decode every sequence has one row, and the node is gone (passes/phase.py)."""
     rows = low.input("last_rows", "int64", ("B",))
     low.emit(node, "Gather", {}, [low.read(node.inputs["x"]), rows])
 
