@@ -29,8 +29,9 @@ class NoRule(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Attr:
-    """An attribute that authors write. `kind`: "size" (expression over sizes, a whole number from 1), "number" (one that
-    may be fractional), "bool", "text", or "choice" (then `choices`). `default` None with required=False means: absent."""
+    """An attribute that authors write. `kind`: "size" (an expression over sizes, a whole number from 1), "number" (one
+    that may be fractional), "bool", "text", or "choice" (then `choices`). `default` None where it is not required means
+    absent."""
 
     name: str
     kind: str
