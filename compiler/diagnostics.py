@@ -56,7 +56,6 @@ CODES: Mapping[str, str] = {
     # 3xx: types
     "E301": "shapes do not agree",
     "E302": "dtypes do not agree",
-    "E303": "sharding rule missing",
     # 4xx: devices
     "E401": "device, dtype, attention or world size not offered",
     "E402": "operation refused by ATB's rules",

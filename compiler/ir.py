@@ -21,15 +21,6 @@ from llmc.compiler.diagnostics import Place
 Dim = int | str
 Shape = tuple[Dim, ...]
 
-SYMBOLS: Mapping[str, str] = {
-    "T": "tokens in the step",
-    "B": "sequences in the step",
-    "N": "cache blocks",
-    "M": "block table width",
-    "S": "cache positions per sequence",
-    "P": "rows of the rope tables",
-}
-
 
 def show_shape(shape: Shape) -> str:
     """`[T, 5120]`, as people say it."""

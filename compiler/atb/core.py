@@ -19,18 +19,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-CHIPS = (
-    "Ascend910B",
-    "Ascend310P",
-    "host",
-)  # `host`: rules of 910B, and float32 wherever a 16-bit float is allowed
+CHIPS = ("Ascend910B", "Ascend310P", "host")  # `host`: rules of 910B, and float32 wherever a 16-bit float is allowed
 
 # Limits of the graph layer (atb-operations.md 1.2, data/atb-layers/segments.json).
 MAX_DIM = 8
 MAX_TENSOR_BYTES = 256 * 2**30
 GRAPH_LIMITS = {"inputs": 256, "outputs": 256, "internals": 256, "nodes": 256}
 MAX_NODES_AT_CREATE = 1024
-TILING_BUFFER_BYTES = 3 * 2**20
 
 DTYPE_BYTES = {
     "float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "uint8": 1, "bool": 1, "int16": 2, "uint16": 2,
@@ -38,7 +33,7 @@ DTYPE_BYTES = {
 }  # fmt: skip
 FLOATS16 = ("float16", "bfloat16")
 
-# Error codes of libatb (include/atb/types.h).
+# Error codes of libatb (include/atb/types.h), and one for what it only logs.
 ERROR_CODES = (
     "NO_ERROR", "ERROR_INVALID_PARAM", "ERROR_INVALID_GRAPH", "ERROR_INTERNAL_ERROR", "ERROR_RT_FAIL",
     "ERROR_INVALID_IN_TENSOR_NUM", "ERROR_INVALID_TENSOR_DTYPE", "ERROR_INVALID_TENSOR_FORMAT",
@@ -48,7 +43,7 @@ ERROR_CODES = (
     "ERROR_INVALID_SINGLE_OPERATION_PARAM", "ERROR_GRAPH_NODE_RESHAPE_FUNC_FAIL", "ERROR_INVALID_GRAPH_NODE_CHUNK",
     "ERROR_INVALID_CONTEXT_ADDR", "ERROR_INVALID_STREAM", "ERROR_INVALID_WORKSPACE_SIZE",
     "ERROR_INVALID_WORKSPACE_ADDR", "ERROR_INVALID_OPERATION_ADDR", "ERROR_HCCL_FAIL", "ERROR_OUT_OF_DEVICE_MEMORY",
-    "ERROR_OUT_OF_HOST_MEMORY", "ERROR_COMM_EMPTY",
+    "ERROR_OUT_OF_HOST_MEMORY", "ERROR_COMM_EMPTY", "NO_ERROR_BUT_LOGGED",
 )  # fmt: skip
 
 
@@ -89,6 +84,8 @@ class AtbError(RuntimeError):
         stage: str = "",
         tensor: str = "",
     ) -> None:
+        if code not in ERROR_CODES:
+            raise KeyError(f"{code} is not an error code of libatb")
         super().__init__(message)
         self.code, self.message, self.found, self.expected = code, message, found, expected
         self.stage, self.tensor, self.operation, self.graph, self.place = stage, tensor, "", "", ""

@@ -9,8 +9,6 @@ from llmc.compiler.diagnostics import Report
 from llmc.compiler.ir import Graph, Node, TensorType, Weight
 from llmc.compiler.ops import OPS, NoRule
 
-FLOATS = ("float32", "float16", "bfloat16")
-
 
 def apply_dtypes(graph: Graph) -> Graph:
     """weights of node n: model dtype  ->  dtype of the first `policy:` rule that names n; casts around such nodes"""
