@@ -36,7 +36,7 @@ def paged_attention(param: Param, tensors: Sequence[Tensor], descs: Sequence[Des
         raise refuse("number of query heads", list(query.shape), f"headNum {param.headNum}")
     if param.compressType != NO_COMPRESS:
         return [_compressed(param, named, lengths, chip)]
-    block, tables = _tables(param, named, lengths, chip)
+    block, tables = checked_tables(param, named, lengths, chip)
     key, value = named["keyCache"], named.get("valueCache")
     if value is not None and _is_plain(param, key, value, query, lengths, chip):
         return [decode(query, key.flatten(0, 1), value.flatten(0, 1), tables, block, lengths, scale=param.qkScale)]
@@ -48,7 +48,9 @@ def _is_plain(param: Param, key: Tensor, value: Tensor, query: Tensor, lengths: 
     return plain and key.shape == value.shape and len(lengths) == query.shape[0]
 
 
-def _tables(param: Param, named: Mapping[str, Tensor], lengths: list[int], chip: str) -> tuple[int, list[list[int]]]:
+def checked_tables(
+    param: Param, named: Mapping[str, Tensor], lengths: list[int], chip: str
+) -> tuple[int, list[list[int]]]:
     """Rows a block and the block table's rows; refuses what would be read outside the cache."""
     key = named["keyCache"]
     blocks, block = key.shape[0], key.shape[2] if not is_910b(chip) or param.inputLayout == BNSD else key.shape[1]
@@ -177,7 +179,7 @@ def _compressed(param: Param, named: Mapping[str, Tensor], lengths: list[int], c
     groups = param.headNum // heads
     if len(lengths) != query.shape[0] * heads:
         raise refuse("contextLens has one length a sequence and kv head", len(lengths), query.shape[0] * heads)
-    _, tables = _tables(param, named, lengths, chip)
+    _, tables = checked_tables(param, named, lengths, chip)
     razor = named.get("razorOffset")
     out = torch.empty_like(query)
     for index, length in enumerate(lengths):

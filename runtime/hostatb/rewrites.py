@@ -16,16 +16,21 @@ Measured on one core of a Xeon with avx512_bf16 and no AMX (µs for the four mat
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import TypeVar
 
 import torch
-from llmc.compiler.atb.core import FLOATS16
+from llmc.compiler.atb.core import FLOATS16, Param
+from llmc.compiler.atb.elementwise import SWIGLU_FORWARD
 from llmc.compiler.atb.norm import NORM, PRENORM
+from llmc.runtime.hostatb.numeric import TORCH_DTYPE
 from llmc.runtime.hostatb.operation import Single
+from llmc.runtime.hostatb.paged_attention import checked_tables
 from llmc.runtime.hostatb.step import Step
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 T = TypeVar("T")
@@ -36,7 +41,11 @@ FLOAT32_ROWS = 48
 
 def rewrite(steps: Sequence[Step]) -> Sequence[Step]:
     """Every step that a rewrite knows runs faster; the others stay."""
-    return [replace(step, run=_on_cpu(faster, step.run)) if (faster := find(step)) else step for step in steps]
+    faster = [replace(step, run=_on_cpu(run, step.run)) if (run := find(step)) else step for step in steps]
+    for at in range(len(steps) - 1):
+        if is_split_then_rope(steps[at], steps[at + 1]):
+            faster[at], faster[at + 1] = split_then_rope(steps[at], steps[at + 1])
+    return faster
 
 
 def find(step: Step) -> Run | None:
@@ -44,7 +53,7 @@ def find(step: Step) -> Run | None:
     core = step.core
     if not isinstance(core, Single) or core.op.name not in REWRITES:
         return None
-    return REWRITES[core.op.name](step)
+    return REWRITES[core.op.name](step, core.param)
 
 
 def _on_cpu(faster: Run, kernel: Run) -> Run:
@@ -52,22 +61,22 @@ def _on_cpu(faster: Run, kernel: Run) -> Run:
     return lambda tensors: faster(tensors) if tensors[0].device.type == "cpu" else kernel(tensors)
 
 
-def derived(tensor: Tensor, name: str, make: Callable[[Tensor], T]) -> T:
-    """`make(tensor)`, kept on the tensor until its content changes: what is computed once a model, or once a step."""
-    if tensor.is_inference():  # such tensors do not tell whether they changed
-        return make(tensor)
+def derived(name: str, make: Callable[..., T], *tensors: Tensor) -> T:
+    """`make(*tensors)`, kept on the first of them until one changes: what is computed once a model, or once a step."""
+    first = tensors[0]
+    if first.is_inference():  # such tensors do not tell whether they changed
+        return make(*tensors)
     key = f"_atb_{name}"
-    version, value = getattr(tensor, key, (None, None))
-    if version != tensor._version:
-        value = make(tensor)
-        setattr(tensor, key, (tensor._version, value))
+    known, versions, value = getattr(first, key, ((), (), None))
+    now = tuple(t._version for t in tensors)
+    if versions != now or any(a is not b for a, b in zip(known, tensors[1:], strict=True)):
+        value = make(*tensors)
+        setattr(first, key, (tensors[1:], now, value))
     return value  # type: ignore[return-value]
 
 
-def fast_linear(step: Step) -> Run | None:
+def fast_linear(step: Step, p: Param) -> Run | None:
     """16-bit x [rows, k] times weight [n, k]: the weight in oneDNN's layout, or float32 units for many rows."""
-    assert isinstance(step.core, Single)
-    p = step.core.param
     plain = p.transposeB and not p.transposeA and not p.enAccum and p.matmulType == 0 and p.outDataType == -1
     x, weight = step.ins[:2]
     if not plain or x.dtype not in FLOATS16 or weight.format != "nd" or len(weight.shape) != 2 or step.views[1]:
@@ -88,7 +97,7 @@ def in_float32(x: Tensor, weight: Tensor) -> Tensor:
 
 def with_packed_weight(x: Tensor, weight: Tensor) -> Tensor:
     """[rows, k] x [n, k] -> [rows, n] on the weight's packed copy, which lives as long as the weight."""
-    packed = derived(weight, "packed", torch.ops.mkldnn._reorder_linear_weight)
+    packed = derived("packed", torch.ops.mkldnn._reorder_linear_weight, weight)
     return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
@@ -104,21 +113,18 @@ def onednn_supports(dtype: str) -> bool:
     return bool(ops._is_mkldnn_bf16_supported() if dtype == "bfloat16" else ops._is_mkldnn_fp16_supported())
 
 
-def fast_rms_norm(step: Step) -> Run | None:
-    """NORM and PRENORM without quantisation or options: one fused kernel in float32."""
-    assert isinstance(step.core, Single)
-    p = step.core.param
+def fast_rms_norm(step: Step, p: Param) -> Run | None:
+    """NORM and PRENORM without quantisation or options, in as few calls as torch allows."""
     if p.layerType not in (NORM, PRENORM) or len(step.ins) != p.layerType + 1 or len(step.ins[-1].shape) != 1:
         return None
     options = p.normParam
     if options.rstd or options.precisionMode or options.modelType or options.quantType or p.preNormParam.quantType:
         return None
     epsilon = options.epsilon if p.layerType == NORM else p.preNormParam.epsilon
-    shape = list(step.ins[-1].shape)
 
     def norm(total: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
-        wide = derived(gamma, "float32", Tensor.float)
-        return torch.ops.aten._fused_rms_norm(total, shape, wide, epsilon)[0].to(dtype)
+        scale = total.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        return (total * scale).mul_(derived("float32", Tensor.float, gamma)).to(dtype)
 
     def run_norm(tensors: Sequence[Tensor]) -> list[Tensor]:
         x, gamma = tensors
@@ -132,41 +138,165 @@ def fast_rms_norm(step: Step) -> Run | None:
     return run_norm if p.layerType == NORM else run_prenorm
 
 
-def fast_rope(step: Step) -> Run | None:
-    """Rotation of halves in float32: x * cos + (x rolled by half a head) * (sin with the first half negated)."""
-    assert isinstance(step.core, Single)
-    p = step.core.param
-    q, _, cos = step.ins[:3]
-    if (
-        p.rotaryCoeff != 2
-        or p.cosFormat != 0
-        or q.dtype == "float16"
-        or len(q.shape) != 2
-        or cos.shape[0] != q.shape[0]
-    ):
+def fast_swiglu(step: Step, p: Param) -> Run | None:
+    """silu(gate) * up in float32; `up` is widened inside the product."""
+    if p.activationType != SWIGLU_FORWARD:
         return None
-    tokens, size = cos.shape
-    half = size // 2
-
-    def negate_first_half(sin: Tensor) -> Tensor:
-        return torch.cat((-sin[:, :half], sin[:, half:]), dim=-1).float().unsqueeze(1)
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-        q, k, cos, sin, _ = tensors
-        wide_cos = derived(cos, "wide", lambda t: t.float().unsqueeze(1))
-        turned_sin = derived(sin, "turned", negate_first_half)
-        results = []
-        for x in (q, k):
-            heads = x.float().view(tokens, -1, size)
-            turned = heads.roll(half, -1).mul_(turned_sin)
-            results.append((heads * wide_cos).add_(turned).to(x.dtype).view(x.shape))
-        return results
+        gate, up = tensors[0].chunk(2, -1)
+        return [torch.nn.functional.silu(gate.float()).mul_(up).to(up.dtype)]
 
     return run
 
 
-REWRITES: dict[str, Callable[[Step], Run | None]] = {
+def fast_rope(step: Step, p: Param) -> Run | None:
+    """Rotation of halves in float32, q and k one after the other."""
+    if not is_wide_rope(step, p):
+        return None
+    return lambda tensors: [rotate(x, *tensors[2:4]).view(x.shape) for x in tensors[:2]]
+
+
+def is_wide_rope(step: Step, p: Param) -> bool:
+    """float16 rounds both products, which the plain kernel does."""
+    q, _, cos = step.ins[:3]
+    one_row_a_token = p.cosFormat == 0 and cos.shape[0] == q.shape[0] and len(q.shape) == 2
+    return p.rotaryCoeff == 2 and one_row_a_token and q.dtype != "float16"
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [tokens, heads * size], tables [tokens, size] -> [tokens, heads, size]: x * cos + (x rolled by half a head) *
+    (sin with its first half negated). The tables' forms are made once for all layers."""
+    heads = x.unflatten(-1, (-1, cos.shape[1])).float()
+    turned = heads.roll(cos.shape[1] // 2, -1).mul_(derived("turned", _first_half_negated, sin))
+    return (heads * derived("wide", lambda t: t.float().unsqueeze(1), cos)).add_(turned).to(x.dtype)
+
+
+def _first_half_negated(sin: Tensor) -> Tensor:
+    first, second = sin.float().chunk(2, -1)
+    return torch.cat((-first, second), -1).unsqueeze(1)
+
+
+def is_split_then_rope(split: Step, rope: Step) -> bool:
+    """q, k, v split from one packed product, and the rotation reads the first two as they are."""
+    a, b = split.core, rope.core
+    if not (isinstance(a, Single) and isinstance(b, Single) and a.op.name == "Split" and b.op.name == "Rope"):
+        return False
+    adjacent = len(split.outputs) == 3 and rope.inputs[:2] == split.outputs[:2] and rope.views[:2] == (None, None)
+    only_here = set(split.outputs[:2]) <= set(rope.frees)
+    last_axis = a.param.splitDim % len(split.ins[0].shape) == len(split.ins[0].shape) - 1
+    return adjacent and only_here and last_axis and not any(split.stores) and is_wide_rope(rope, b.param)
+
+
+def split_then_rope(split: Step, rope: Step) -> tuple[Step, Step]:
+    """q and k, which lie side by side in the packed product, turn together; the parts stay views of it."""
+    widths = [out.shape[-1] for out in split.outs]
+    both = widths[0] + widths[1]
+
+    def run_split(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return list(tensors[0].split(widths, -1))
+
+    def run_rope(tensors: Sequence[Tensor]) -> list[Tensor]:
+        q = tensors[0]
+        packed = q.as_strided((q.shape[0], both), q.stride())
+        return list(rotate(packed, *tensors[2:4]).view(q.shape[0], both).split(widths[:2], -1))
+
+    return replace(split, run=_on_cpu(run_split, split.run)), replace(rope, run=_on_cpu(run_rope, rope.run))
+
+
+def fast_reshape_and_cache(step: Step, p: Param) -> Run | None:
+    """Keys and values into [blocks, blockSize, Nk, D] caches; slots are checked once a step, not once a layer."""
+    if (
+        len(step.ins) != 5
+        or p.compressType
+        or p.kvCacheCfg
+        or step.ins[2].format != "nd"
+        or len(step.ins[2].shape) != 4
+    ):
+        return None
+    key, value, key_cache, value_cache = step.ins[:4]
+    rows = key_cache.shape[0] * key_cache.shape[1]
+    if key_cache.shape != value_cache.shape or key.shape != value.shape:
+        return None
+    kernel = step.run
+
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        key, value, key_cache, value_cache, slots = tensors
+        checked = derived(f"slots_below_{rows}", lambda t: _all_within(t, rows), slots)
+        if checked is None:
+            return kernel(tensors)
+        for new, cache in ((key, key_cache), (value, value_cache)):
+            cache.flatten(0, 1).index_copy_(0, checked, new)
+        return [key_cache, value_cache]
+
+    return run
+
+
+def _all_within(slots: Tensor, rows: int) -> Tensor | None:
+    """int64 slots when all lie in the cache; None where the kernel must skip or refuse some."""
+    low, high = torch.aminmax(slots)
+    return slots.long() if low >= 0 and high < rows else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheRows:
+    """Where a step's keys lie in a cache: one run of rows, or an index [B * longest] with a mask of the padding."""
+
+    start: int
+    count: int
+    index: Tensor | None
+    bias: Tensor | None
+
+
+def fast_paged_attention(step: Step, p: Param) -> Run | None:
+    """Decode without masks or quantisation: all sequences in one call; which rows to read is worked out once a step."""
+    q, key_cache, value_cache, _, lengths = step.ins[:5]
+    plain = len(step.ins) == 5 and p.qScale in (0, 1) and not p.inputLayout and key_cache.format == "nd"
+    if not plain or key_cache != value_cache or lengths.shape[0] != q.shape[0] or q.shape[1] != p.headNum:
+        return None
+    batch, heads, size = q.shape
+    blocks, block, kv_heads, _ = key_cache.shape
+    chip = step.core.chip
+
+    def rows_of(cache: Tensor, lengths: Tensor, tables: Tensor) -> CacheRows:
+        named = {"keyCache": cache, "blockTables": tables}
+        counts = lengths.tolist()
+        ids = checked_tables(p, named, counts, chip)[1]
+        used = ids[0][: -(-counts[0] // block)]
+        if batch == 1 and used == list(range(used[0], used[0] + len(used))):
+            return CacheRows(start=used[0] * block, count=counts[0], index=None, bias=None)
+        position = torch.arange(max(counts))
+        index = torch.tensor(ids)[:, position // block] * block + position % block
+        hidden = position >= torch.tensor(counts)[:, None]
+        bias = torch.zeros(batch, 1, 1, len(position), dtype=TORCH_DTYPE[q.dtype])
+        bias.masked_fill_(hidden[:, None, None], float("-inf"))
+        # Padding may point at rows never written, which may hold NaN: it reads the sequence's first row instead.
+        index = torch.where(hidden, index[:, :1], index)
+        return CacheRows(start=0, count=len(position), index=index.flatten(), bias=bias)
+
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        q, key_cache, value_cache, tables, lengths = tensors
+        rows = derived(f"rows_of_{blocks}", partial(rows_of, key_cache), lengths, tables)
+        keys, values = (_read(cache.flatten(0, 1), rows, batch) for cache in (key_cache, value_cache))
+        grouped = q.view(batch, kv_heads, heads // kv_heads, size)
+        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=rows.bias, scale=p.qkScale)
+        return [out.reshape(batch, heads, size)]
+
+    return run
+
+
+def _read(cache: Tensor, rows: CacheRows, batch: int) -> Tensor:
+    """cache [rows, Nk, D] -> [B, Nk, count, D]"""
+    if rows.index is None:
+        return cache[rows.start : rows.start + rows.count].unsqueeze(0).transpose(1, 2)
+    return cache.index_select(0, rows.index).unflatten(0, (batch, rows.count)).transpose(1, 2)
+
+
+REWRITES: dict[str, Callable[[Step, Param], Run | None]] = {
     "Linear": fast_linear,
     "RmsNorm": fast_rms_norm,
     "Rope": fast_rope,
+    "Activation": fast_swiglu,
+    "ReshapeAndCache": fast_reshape_and_cache,
+    "PagedAttention": fast_paged_attention,
 }
