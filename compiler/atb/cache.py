@@ -8,23 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import product
 
-from llmc.compiler.atb.core import AtbOp, Desc, Field, Param, Row, require, require_param
+from llmc.compiler.atb.core import AtbOp, Desc, Field, Param, Row, require, require_dim, require_dim_nums, require_param
 
 # compressType
 NO_COMPRESS, KVHEAD, KVHEAD_ROPE = range(3)
 # kvCacheCfg
 K_CACHE_V_CACHE, K_CACHE_V_BYPASS, K_CACHE_V_CACHE_NZ = range(3)
-
-
-def _require_dim(condition: bool, message: str, found: object, expected: object = "", tensor: str = "") -> None:
-    require(condition, "ERROR_INVALID_TENSOR_DIM", message, found=str(found), expected=str(expected), tensor=tensor)
-
-
-def _require_dim_nums(named: Mapping[str, Desc], legal: Mapping[str, tuple[int, ...]]) -> None:
-    for name, counts in legal.items():
-        if name in named:
-            require(len(named[name].shape) in counts, "ERROR_INVALID_TENSOR_DIM_NUM", "number of dimensions",
-                    found=str(named[name]), expected=" or ".join(map(str, counts)), tensor=name)  # fmt: skip
 
 
 def inputs(param: Param) -> tuple[str, ...]:
@@ -67,28 +56,29 @@ def rows(param: Param, chip: str) -> list[Row]:
 
 def shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     named = dict(zip(inputs(param), ins, strict=True))
-    _require_dim_nums(named, {"key": (3,), "value": (3,), "keyCache": (4,), "valueCache": (4,), "slots": (1,)})
+    require_dim_nums(named, {"key": (3,), "value": (3,), "keyCache": (4,), "valueCache": (4,), "slots": (1,)})
     key, key_cache = named["key"].shape, named["keyCache"].shape
     if param.kvCacheCfg == K_CACHE_V_BYPASS:
-        _require_dim(key[0] == named["slots"].shape[0], "one slot a token", named["slots"], f"[{key[0]}]", "slots")
-        _require_dim(key[1:] == key_cache[2:], "heads and head size of key and keyCache differ",
-                     named["keyCache"], f"[blocks, blockSize, {key[1]}, {key[2]}]", "keyCache")  # fmt: skip
+        require_dim(key[0] == named["slots"].shape[0], "one slot a token", named["slots"], f"[{key[0]}]", "slots")
+        require_dim(key[1:] == key_cache[2:], "heads and head size of key and keyCache differ",
+                    named["keyCache"], f"[blocks, blockSize, {key[1]}, {key[2]}]", "keyCache")  # fmt: skip
         return [named["keyCache"]]
     value, value_cache = named["value"].shape, named["valueCache"].shape
-    _require_dim(key[:2] == value[:2], "tokens and heads of key and value differ", named["value"], named["key"])
+    require_dim(key[:2] == value[:2], "tokens and heads of key and value differ", named["value"], named["key"])
     if chip == "Ascend310P" or param.kvCacheCfg == K_CACHE_V_CACHE_NZ:
         _check_nz(param, named, chip)
     else:
-        _require_dim(key_cache[:2] == value_cache[:2], "blocks of the caches differ",
-                     named["valueCache"], named["keyCache"])  # fmt: skip
+        require_dim(
+            key_cache[:2] == value_cache[:2], "blocks of the caches differ", named["valueCache"], named["keyCache"]
+        )
         heads = key[1]
         if param.compressType != NO_COMPRESS:
             heads = 1
-            _require_dim(key[2] == value[2], "compressed heads need equal head sizes", named["value"], named["key"])
-            _require_dim(key[2] % 32 == 0, "compressed heads need a head size that is a multiple of 32", key[2])
+            require_dim(key[2] == value[2], "compressed heads need equal head sizes", named["value"], named["key"])
+            require_dim(key[2] % 32 == 0, "compressed heads need a head size that is a multiple of 32", key[2])
         for name, size, cache in (("keyCache", key[2], key_cache), ("valueCache", value[2], value_cache)):
-            _require_dim(cache[2:] == (heads, size), "heads and head size of the cache", named[name],
-                         f"[blocks, blockSize, {heads}, {size}]", name)  # fmt: skip
+            require_dim(cache[2:] == (heads, size), "heads and head size of the cache", named[name],
+                        f"[blocks, blockSize, {heads}, {size}]", name)  # fmt: skip
     return [named["keyCache"], named["valueCache"]]
 
 
@@ -97,21 +87,21 @@ def _check_nz(param: Param, named: Mapping[str, Desc], chip: str) -> None:
     key, value = named["key"].shape, named["value"].shape
     key_cache, value_cache = named["keyCache"].shape, named["valueCache"].shape
     if param.kvCacheCfg == K_CACHE_V_CACHE:
-        _require_dim(key[2] == value[2], "head sizes of key and value must be equal on 310P", value, key)
-        _require_dim(key_cache[0] == value_cache[0], "numbers of blocks differ", named["valueCache"], named["keyCache"])
-    _require_dim(key_cache[2] == value_cache[2], "block sizes differ", named["valueCache"], named["keyCache"])
-    _require_dim(key_cache[2] % 16 == 0, "the block size must be a multiple of 16", key_cache[2])
+        require_dim(key[2] == value[2], "head sizes of key and value must be equal on 310P", value, key)
+        require_dim(key_cache[0] == value_cache[0], "numbers of blocks differ", named["valueCache"], named["keyCache"])
+    require_dim(key_cache[2] == value_cache[2], "block sizes differ", named["valueCache"], named["keyCache"])
+    require_dim(key_cache[2] % 16 == 0, "the block size must be a multiple of 16", key_cache[2])
     wide = named["key"].dtype == "int8" and param.kvCacheCfg == K_CACHE_V_CACHE_NZ
     for name, (_, heads, size), n0 in (("keyCache", key, 32 if wide else 16), ("valueCache", value, 16)):
         cache = named[name].shape
-        _require_dim(cache[3] == n0 and cache[1] * n0 == heads * size, "NZ layout of the cache", named[name],
-                     f"[blocks, {heads * size} / {n0}, blockSize, {n0}]", name)  # fmt: skip
+        require_dim(cache[3] == n0 and cache[1] * n0 == heads * size, "NZ layout of the cache", named[name],
+                    f"[blocks, {heads * size} / {n0}, blockSize, {n0}]", name)  # fmt: skip
 
 
 def late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> None:
     for out, cache in caches(param).items():
         same = (outs[out].dtype, outs[out].shape) == (ins[cache].dtype, ins[cache].shape)
-        _require_dim(same, "an output is not its cache", outs[out], ins[cache], f"output {out}")
+        require_dim(same, "an output is not its cache", outs[out], ins[cache], f"output {out}")
     # The kernel wants a last dimension of 32 for int8 where InferShape has demanded 16: no shape passes both.
     require(
         chip != "Ascend310P" or param.kvCacheCfg == K_CACHE_V_CACHE_NZ or ins[0].dtype != "int8", "ERROR_RT_FAIL",
@@ -160,15 +150,15 @@ def kv_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     if chip == "Ascend310P":
         counts = {"newKv": (4,), "cache": (5,), **ones}
         fits = all(len(named[name].shape) in counts[name] for name in KV_INPUTS)
-        _require_dim(fits, "number of dimensions", ", ".join(map(str, ins)), counts)
+        require_dim(fits, "number of dimensions", ", ".join(map(str, ins)), counts)
         new_hidden, hidden = new[1], cache[2]
     else:
-        _require_dim_nums(named, {"newKv": (2, 4), "cache": (4,), **ones})
+        require_dim_nums(named, {"newKv": (2, 4), "cache": (4,), **ones})
         new_hidden, hidden = new[1] if len(new) == 2 else new[2] * new[3], cache[3]
-    _require_dim(hidden % align == 0, "hidden size of the cache", hidden, f"a multiple of {align}", "cache")
-    _require_dim(new_hidden == hidden, "hidden sizes of newKv and the cache differ", named["newKv"], hidden, "newKv")
+    require_dim(hidden % align == 0, "hidden size of the cache", hidden, f"a multiple of {align}", "cache")
+    require_dim(new_hidden == hidden, "hidden sizes of newKv and the cache differ", named["newKv"], hidden, "newKv")
     for name in ("tokenOffset", "seqLen"):
-        _require_dim(named[name].shape[0] == cache[1], "batch sizes differ", named[name], f"[{cache[1]}]", name)
+        require_dim(named[name].shape[0] == cache[1], "batch sizes differ", named[name], f"[{cache[1]}]", name)
     return []
 
 

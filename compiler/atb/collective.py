@@ -16,8 +16,21 @@ import os
 import re
 from collections.abc import Sequence
 
-from llmc.compiler.atb.core import ACL_DTYPE, MAX_DIM, AtbOp, Desc, Field, Param, Row, require, require_param
-from llmc.compiler.atb.shape import DIM, DIM_NUM, arity, require_output, same_dtype
+from llmc.compiler.atb.core import (
+    ACL_DTYPE,
+    DIM,
+    DIM_NUM,
+    MAX_DIM,
+    SIZE,
+    AtbOp,
+    Desc,
+    Field,
+    Param,
+    Row,
+    require,
+    require_param,
+)
+from llmc.compiler.atb.shape import arity, require_output, same_dtype
 
 DEVICE_COUNT = 8
 MAX_DOMAIN_TEXT = 128
@@ -64,8 +77,9 @@ def check_communicator(param: Param) -> None:
 
 
 def check_reduction(kind: str, param: Param) -> None:
-    require_param(kind in ("sum", "prod", "max", "min"), "kind of reduction", found=repr(kind),
-                  expected="sum, prod, max or min")  # fmt: skip
+    require_param(
+        kind in ("sum", "prod", "max", "min"), "kind of reduction", found=repr(kind), expected="sum, prod, max or min"
+    )
     require_param(not (param.backend == "lccl" and kind == "prod"), "lccl has no prod")
 
 
@@ -127,8 +141,9 @@ def all_reduce_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]
         require(scale == (1,), DIM, "scale", found=str(ins[1]), expected="[1]", tensor="input 1")
     else:
         require(n <= MAX_CHANNELS, DIM, "channels", found=str(n), expected=f"at most {MAX_CHANNELS}")
-        require(scale in ((n,), (1, n)), DIM, "scale", found=str(ins[1]), expected=f"[{n}] or [1, {n}]",
-                tensor="input 1")  # fmt: skip
+        require(
+            scale in ((n,), (1, n)), DIM, "scale", found=str(ins[1]), expected=f"[{n}] or [1, {n}]", tensor="input 1"
+        )
     return [Desc(dtype=ACL_DTYPE[param.outDataType], shape=x.shape, format=x.format)]
 
 
@@ -297,8 +312,9 @@ def linear_parallel_check(param: Param, chip: str) -> None:
         moe = param.moeInfo
         require_param(moe.epSize * moe.tpSize == size, "epSize x tpSize", found=f"{moe.epSize} x {moe.tpSize}",
                       expected=f"rankSize, {size}")  # fmt: skip
-        require_param(1 <= moe.localExpertNums <= 16, "localExpertNums", found=str(moe.localExpertNums),
-                      expected="1 to 16")  # fmt: skip
+        require_param(
+            1 <= moe.localExpertNums <= 16, "localExpertNums", found=str(moe.localExpertNums), expected="1 to 16"
+        )
         require_param(param.quantType in (UNQUANT, LINEAR_PER_CHANNEL, LINEAR_PER_TOKEN), "quantType of types 5 and 6",
                       found=str(param.quantType), expected="-1, 1 or 3")  # fmt: skip
 
@@ -377,8 +393,7 @@ def check_product(param: Param, x: Desc, ins: Sequence[Desc]) -> None:
     require(len(weight.shape) == 2 or weight.shape[0] == 1, DIM, "batch of the weight", found=str(weight),
             expected="1", tensor="input 1")  # fmt: skip
     k, n = weight_dims(weight, param.transWeight)
-    require(x.shape[-1] == k, DIM, "k of x and weight differ", found=f"{x} and {weight}",
-            expected=f"last dim of x {k}")  # fmt: skip
+    require(x.shape[-1] == k, DIM, "k of x and weight differ", found=f"{x} and {weight}", expected=f"last dim of x {k}")
     if len(weight.shape) == 4:
         lanes = 32 if is_quant(param) else 16
         require(weight.shape[2] % 16 == 0 and weight.shape[3] == lanes, DIM, "blocks of the NZ weight",
@@ -429,8 +444,7 @@ def linear_parallel_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[
         check_product(param, x, ins)
         _check_scale_dtype(param, ins, 3)
         if param.backend == "mc2":
-            require(len(x.shape) == len(ins[1].shape) == 2, DIM_NUM, "mc2 takes 2-D tensors",
-                    found=f"{x} and {ins[1]}")  # fmt: skip
+            require(len(x.shape) == len(ins[1].shape) == 2, DIM_NUM, "mc2 takes 2-D tensors", found=f"{x} and {ins[1]}")
             require(256 <= x.shape[-1] < 65535, DIM, "k of mc2", found=str(x), expected="256 to 65534")
     check_residual(param, ins)
     outs = [_product(param, ins, kind)]
@@ -445,10 +459,8 @@ def _check_moe(param: Param, ins: Sequence[Desc]) -> None:
     require(len(matrix) > 1 and matrix[-2:] == (moe.epSize, moe.epSize * moe.localExpertNums), DIM,
             "globalTokensPerExpertMatrix", found=str(ins[-2]),
             expected=f"[{moe.epSize}, {moe.epSize * moe.localExpertNums}]")  # fmt: skip
-    require(rows <= MAX_MOE_ROWS, "ERROR_INVALID_TENSOR_SIZE", "maxOutputSize", found=str(rows),
-            expected=f"at most {MAX_MOE_ROWS}")  # fmt: skip
-    require(ins[0].shape[-1] <= MAX_MOE_K, "ERROR_INVALID_TENSOR_SIZE", "k", found=str(ins[0]),
-            expected=f"at most {MAX_MOE_K}")  # fmt: skip
+    require(rows <= MAX_MOE_ROWS, SIZE, "maxOutputSize", found=str(rows), expected=f"at most {MAX_MOE_ROWS}")
+    require(ins[0].shape[-1] <= MAX_MOE_K, SIZE, "k", found=str(ins[0]), expected=f"at most {MAX_MOE_K}")
 
 
 def _check_two_dim(param: Param, ins: Sequence[Desc]) -> None:
@@ -484,16 +496,19 @@ def linear_parallel_late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc]
     """Setup asks by `type` alone: hccl and lccl fail here with another type than LINEAR_ALL_REDUCE or PURE_LINEAR."""
     x = ins[0]
     if param.type in (LINEAR_ALL_REDUCE, PURE_LINEAR):
-        require_param(not (x.dtype == "int8" and param.quantType == LINEAR_PER_GROUP),
-                      "an int8 product has no per-group scales")  # fmt: skip
+        require_param(
+            not (x.dtype == "int8" and param.quantType == LINEAR_PER_GROUP), "an int8 product has no per-group scales"
+        )
     if param.type in MOE_TYPES:
-        require(len(x.shape) == len(outs[0].shape) == 2, DIM, "x and the output must be 2-D",
-                found=f"{x} and {outs[0]}")  # fmt: skip
+        require(
+            len(x.shape) == len(outs[0].shape) == 2, DIM, "x and the output must be 2-D", found=f"{x} and {outs[0]}"
+        )
     else:
         expected = _product(param, ins, param.type)
         if param.type in (LINEAR_REDUCE_SCATTER, ALL_GATHER_LINEAR) and param.outDataType != -1:
-            require(outs[0].dtype == expected.dtype, INI, "dtype of the output", found=str(outs[0]),
-                    expected=expected.dtype)  # fmt: skip
+            require(
+                outs[0].dtype == expected.dtype, INI, "dtype of the output", found=str(outs[0]), expected=expected.dtype
+            )
         require_output(outs[0], expected.shape)
     if param.backend == "lcoc":
         _check_lcoc_setup(param, ins, chip)
@@ -503,8 +518,9 @@ def _check_lcoc_setup(param: Param, ins: Sequence[Desc], chip: str) -> None:
     require(domain_fits(param), "ERROR_COMM_EMPTY", "commDomain of lcoc", found=repr(param.commDomain),
             expected="empty, a number up to 65535, or id:megabytes")  # fmt: skip
     refused = "ERROR_INVALID_SINGLE_OPERATION_PARAM"
-    require(chip != "Ascend310P", refused, "the fused kernel does not know this chip", found=chip,
-            expected="backend hccl")  # fmt: skip
+    require(
+        chip != "Ascend310P", refused, "the fused kernel does not know this chip", found=chip, expected="backend hccl"
+    )
     k, n = weight_dims(ins[1], param.transWeight)
     sizes = {"m": ins[0].elements // ins[0].shape[-1], "n": n, "k": k}
     for name, size in sizes.items():

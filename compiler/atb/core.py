@@ -45,6 +45,7 @@ ERROR_CODES = (
     "ERROR_INVALID_WORKSPACE_ADDR", "ERROR_INVALID_OPERATION_ADDR", "ERROR_HCCL_FAIL", "ERROR_OUT_OF_DEVICE_MEMORY",
     "ERROR_OUT_OF_HOST_MEMORY", "ERROR_COMM_EMPTY", "NO_ERROR_BUT_LOGGED",
 )  # fmt: skip
+DIM, DIM_NUM, SIZE = "ERROR_INVALID_TENSOR_DIM", "ERROR_INVALID_TENSOR_DIM_NUM", "ERROR_INVALID_TENSOR_SIZE"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +115,18 @@ def require(condition: bool, code: str, message: str, **more: str) -> None:
 
 def require_param(condition: bool, message: str, **more: str) -> None:
     require(condition, "ERROR_INVALID_PARAM", message, **more)
+
+
+def require_dim(condition: bool, message: str, found: object, expected: object = "", tensor: str = "") -> None:
+    require(condition, DIM, message, found=str(found), expected=str(expected), tensor=tensor)
+
+
+def require_dim_nums(named: Mapping[str, Desc], legal: Mapping[str, tuple[int, ...]]) -> None:
+    """Each named tensor that is there has a legal number of dimensions, in the order of `legal`."""
+    for name, counts in legal.items():
+        if name in named:
+            require(len(named[name].shape) in counts, DIM_NUM, "number of dimensions", found=str(named[name]),
+                    expected=" or ".join(map(str, counts)), tensor=name)  # fmt: skip
 
 
 class Param:
@@ -357,10 +370,11 @@ def _check_match(rows: Sequence[Row], descs: Sequence[Desc], empty: frozenset[in
     if any(all(w is None or w == c for w, c in zip(words, row, strict=False)) for row in candidates):
         return
     raise AtbError(
-        "ERROR_INVALID_TENSOR_INI_MATCH", "no row of the dtype/format table fits these tensors",
+        "ERROR_INVALID_TENSOR_INI_MATCH",
+        "no row of the dtype/format table fits these tensors",
         found=", ".join("(empty)" if w is None else w for w in words),
         expected=" | ".join(", ".join(row[: len(words)]) for row in dict.fromkeys(rows)),
-    )  # fmt: skip
+    )
 
 
 def as_float32(row: Row) -> Row:

@@ -7,7 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmc.compiler.atb.core import ACL_DTYPE, DTYPE_BYTES, AtbOp, Desc, Field, Param, Row, require, require_param
+from llmc.compiler.atb.core import (
+    ACL_DTYPE,
+    DIM,
+    DIM_NUM,
+    DTYPE_BYTES,
+    AtbOp,
+    Desc,
+    Field,
+    Param,
+    Row,
+    require,
+    require_param,
+)
 
 ELEWISE_TYPES = {
     "ELEWISE_UNDEFINED": 0, "ELEWISE_CAST": 1, "ELEWISE_MULS": 2, "ELEWISE_COS": 3, "ELEWISE_SIN": 4, "ELEWISE_NEG": 5,
@@ -45,8 +57,6 @@ _OTHER: dict[int, list[Row]] = {
 DYNAMIC_LONGEST = {("Ascend310P", _F16): 4096, ("Ascend910B", _F16): 26624, ("Ascend910B", _BF16): 7552}
 QUANT_MULTIPLE = 32  # of QUANT's last dimension
 
-_DIM = "ERROR_INVALID_TENSOR_DIM"
-
 
 def elewise_inputs(param: Param) -> int:
     return 1 if param.elewiseType in UNARY else 3 if param.elewiseType in PER_CHANNEL else 2
@@ -75,17 +85,16 @@ def elewise_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     if kind == CAST:
         return [Desc(dtype=_cast_dtype(param.outTensorType, x.dtype), shape=x.shape, format=x.format)]
     if kind == QUANT:
-        require(x.shape[-1] % QUANT_MULTIPLE == 0, _DIM, "last dimension of x", found=str(x),
+        require(x.shape[-1] % QUANT_MULTIPLE == 0, DIM, "last dimension of x", found=str(x),
                 expected=f"a multiple of {QUANT_MULTIPLE}", tensor="input 0")  # fmt: skip
     if kind in (QUANT, QUANT_PER_CHANNEL):
         return [Desc(dtype="int8", shape=x.shape, format=x.format)]
     if kind == DEQUANT_PER_CHANNEL:
         return [Desc(dtype=ins[1].dtype, shape=x.shape, format=x.format)]
     if kind == DYNAMIC_QUANT:
-        require(len(x.shape) >= 2, "ERROR_INVALID_TENSOR_DIM_NUM", "x has at least 2 dimensions", found=str(x),
-                tensor="input 0")  # fmt: skip
+        require(len(x.shape) >= 2, DIM_NUM, "x has at least 2 dimensions", found=str(x), tensor="input 0")
         longest = DYNAMIC_LONGEST.get((chip, x.dtype), DYNAMIC_LONGEST["Ascend910B", _F16])
-        require(x.shape[-1] <= longest, _DIM, "last dimension of x", found=str(x), expected=f"at most {longest}",
+        require(x.shape[-1] <= longest, DIM, "last dimension of x", found=str(x), expected=f"at most {longest}",
                 tensor="input 0")  # fmt: skip
         scale = Desc(dtype=_F32, shape=x.shape[:-1], format=x.format)
         return [Desc(dtype="int8", shape=x.shape, format=x.format), scale]
@@ -110,7 +119,7 @@ def broadcast(x: Desc, y: Desc) -> tuple[int, ...]:
     pairs = zip((1,) * (rank - len(x.shape)) + x.shape, (1,) * (rank - len(y.shape)) + y.shape, strict=True)
     shape = []
     for a, b in pairs:
-        require(a == b or 1 in (a, b), _DIM, "shapes do not broadcast", found=f"{x} and {y}", tensor="input 1")
+        require(a == b or 1 in (a, b), DIM, "shapes do not broadcast", found=f"{x} and {y}", tensor="input 1")
         shape.append(max(a, b))
     return tuple(shape)
 
@@ -171,20 +180,20 @@ def activation_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]
     x = ins[0]
     if param.activationType == SWIGLU_BACKWARD:
         expected = (*x.shape[:-1], 2 * x.shape[-1])
-        require(ins[1].shape == expected, _DIM, "x is not twice as wide as the gradient", found=str(ins[1]),
+        require(ins[1].shape == expected, DIM, "x is not twice as wide as the gradient", found=str(ins[1]),
                 expected=str(list(expected)), tensor="input 1")  # fmt: skip
         return [ins[1]]
     if param.activationType != SWIGLU_FORWARD:
         return [x]
     last = x.shape[-1]
-    require(chip != "Ascend310P" or last % SWIGLU_310P_MULTIPLE == 0, _DIM, f"last dimension of x on {chip}",
+    require(chip != "Ascend310P" or last % SWIGLU_310P_MULTIPLE == 0, DIM, f"last dimension of x on {chip}",
             found=str(last), expected=f"a multiple of {SWIGLU_310P_MULTIPLE}", tensor="input 0")  # fmt: skip
     return [x.with_shape((*x.shape[:-1], last // 2))]
 
 
 def activation_late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> None:
     odd = param.activationType == SWIGLU_FORWARD and ins[0].shape[-1] % 2
-    require(not odd, _DIM, "SWIGLU_FORWARD halves the last dimension", found=str(ins[0]), expected="an even size",
+    require(not odd, DIM, "SWIGLU_FORWARD halves the last dimension", found=str(ins[0]), expected="an even size",
             tensor="input 0")  # fmt: skip
 
 
@@ -216,13 +225,12 @@ def swiglu_quant_check(param: Param, chip: str) -> None:
 
 def swiglu_quant_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     x = ins[0]
-    require(len(x.shape) == 2, "ERROR_INVALID_TENSOR_DIM_NUM", "dimensions of x", found=str(x), expected="2",
-            tensor="input 0")  # fmt: skip
+    require(len(x.shape) == 2, DIM_NUM, "dimensions of x", found=str(x), expected="2", tensor="input 0")
     tokens, width = x.shape
-    require(width % 2 == 0, _DIM, "last dimension of x", found=str(width), expected="an even size", tensor="input 0")
+    require(width % 2 == 0, DIM, "last dimension of x", found=str(width), expected="an even size", tensor="input 0")
     block = 32 // DTYPE_BYTES[x.dtype]
     padded = -(-(width // 2) // block) * block
-    require(padded < SWIGLU_QUANT_LIMIT, _DIM, "last dimension of x is too large", found=str(width),
+    require(padded < SWIGLU_QUANT_LIMIT, DIM, "last dimension of x is too large", found=str(width),
             expected=f"at most {2 * ((SWIGLU_QUANT_LIMIT - 1) // block * block)}", tensor="input 0")  # fmt: skip
     return [Desc(dtype="int8", shape=(tokens, width // 2)), Desc(dtype=_F32, shape=(tokens,))]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmc.compiler.atb.core import ACL_DTYPE, AtbOp, Desc, Field, Param, Row, require, require_param
+from llmc.compiler.atb.core import ACL_DTYPE, DIM, DIM_NUM, AtbOp, Desc, Field, Param, Row, require, require_param
 
 UNDEFINED, FLOAT32, FLOAT16, BFLOAT16 = -1, 0, 1, 27  # outDataType; FLOAT32 on chip `host` only
 EIN_SUM = 1  # matmulType
@@ -102,11 +102,12 @@ def linear_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     _check_ranks(x, weight, param)
     (xb, m, xk), (wb, wk, n) = input_sizes(x, param), weight_sizes(weight, param.transposeB)
     _check_batches(xb, wb, weight, param)
-    require(xk == wk, "ERROR_INVALID_TENSOR_DIM", "k of x and k of the weight differ", tensor="input 1",
-            found=f"{xk} and {wk}", expected="equal")  # fmt: skip
+    require(
+        xk == wk, DIM, "k of x and k of the weight differ", tensor="input 1", found=f"{xk} and {wk}", expected="equal"
+    )
     if len(weight.shape) == 4:
         width = 32 if quant else 16
-        require(weight.shape[2] % BLOCK_ROWS == 0 and weight.shape[3] == width, "ERROR_INVALID_TENSOR_DIM",
+        require(weight.shape[2] % BLOCK_ROWS == 0 and weight.shape[3] == width, DIM,
                 "blocks of an NZ weight", found=str(weight), expected=f"[b, blocks, multiple of 16, {width}]",
                 tensor="input 1")  # fmt: skip
     rest = list(enumerate(ins))[2:]
@@ -124,54 +125,54 @@ def linear_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
 
 
 def _check_ranks(x: Desc, weight: Desc, param: Param) -> None:
-    code = "ERROR_INVALID_TENSOR_DIM_NUM"
-    require(len(x.shape) in (2, 3), code, "dimensions of x", found=str(x), expected="2 or 3", tensor="input 0")
+    require(len(x.shape) in (2, 3), DIM_NUM, "dimensions of x", found=str(x), expected="2 or 3", tensor="input 0")
     if param.matmulType == EIN_SUM:
         allowed: tuple[int, ...] = (3,) if weight.format == "nd" else (4,)
     else:
         allowed = (2, 3) if weight.format == "nd" else (2, 3, 4)
-    require(len(weight.shape) in allowed, code, "dimensions of the weight", found=str(weight),
+    require(len(weight.shape) in allowed, DIM_NUM, "dimensions of the weight", found=str(weight),
             expected=" or ".join(map(str, allowed)), tensor="input 1")  # fmt: skip
-    require(not (len(x.shape) == 2 and len(weight.shape) == 3), code, "a 3-D weight needs a 3-D x",
+    require(not (len(x.shape) == 2 and len(weight.shape) == 3), DIM_NUM, "a 3-D weight needs a 3-D x",
             found=str(x), tensor="input 0")  # fmt: skip
     per_token = param.quantMode == PER_TOKEN and len(x.shape) == 3 and len(weight.shape) == 2
-    require(not per_token, code, "PER_TOKEN with a 3-D x needs a 3-D weight", found=str(weight), tensor="input 1")
+    require(not per_token, DIM_NUM, "PER_TOKEN with a 3-D x needs a 3-D weight", found=str(weight), tensor="input 1")
 
 
 def _check_batches(xb: int, wb: int, weight: Desc, param: Param) -> None:
     if xb == wb:
         return
     shared = wb == 1 and len(weight.shape) != 3 and not param.transposeA
-    require(shared, "ERROR_INVALID_TENSOR_DIM", "batch of x and batch of the weight differ", tensor="input 1",
+    require(shared, DIM, "batch of x and batch of the weight differ", tensor="input 1",
             found=f"{xb} and {wb}", expected="equal (a 2-D weight may be shared unless transposeA)")  # fmt: skip
 
 
 def _check_columns(name: str, vector: Desc, batch: int, n: int) -> None:
     """bias and deqScale: [n] or [b, n]."""
-    require(len(vector.shape) in (1, 2), "ERROR_INVALID_TENSOR_DIM_NUM", "bias or deqScale has 1 or 2 dimensions",
-            found=str(vector), tensor=name)  # fmt: skip
+    require(
+        len(vector.shape) in (1, 2), DIM_NUM, "bias or deqScale has 1 or 2 dimensions", found=str(vector), tensor=name
+    )
     found = (1, *vector.shape)[-2:]
-    require(found == (batch, n), "ERROR_INVALID_TENSOR_DIM", "bias or deqScale does not fit the weight",
+    require(found == (batch, n), DIM, "bias or deqScale does not fit the weight",
             found=str(vector), expected=f"[{n}]" if batch == 1 else f"[{batch}, {n}]", tensor=name)  # fmt: skip
 
 
 def _check_accum(accum: Desc, x: Desc, batch: int, m: int, n: int) -> None:
-    require(len(accum.shape) == len(x.shape), "ERROR_INVALID_TENSOR_DIM_NUM", "accum and x differ in dimensions",
+    require(len(accum.shape) == len(x.shape), DIM_NUM, "accum and x differ in dimensions",
             found=str(accum), expected=str(len(x.shape)), tensor="input 2")  # fmt: skip
-    require((1, *accum.shape)[-3:] == (batch, m, n), "ERROR_INVALID_TENSOR_DIM", "accum has not the output's shape",
+    require((1, *accum.shape)[-3:] == (batch, m, n), DIM, "accum has not the output's shape",
             found=str(accum), expected=f"[{batch}, {m}, {n}]", tensor="input 2")  # fmt: skip
 
 
 def _check_per_token(scale: Desc, token_scale: Desc, m: int, n: int) -> None:
     for index, (desc, size) in enumerate(((scale, n), (token_scale, m)), start=2):
-        require(len(desc.shape) == 1, "ERROR_INVALID_TENSOR_DIM_NUM", "PER_TOKEN scales have one dimension",
+        require(len(desc.shape) == 1, DIM_NUM, "PER_TOKEN scales have one dimension",
                 found=str(desc), tensor=f"input {index}")  # fmt: skip
-        require(desc.shape == (size,), "ERROR_INVALID_TENSOR_DIM", "length of a PER_TOKEN scale",
+        require(desc.shape == (size,), DIM, "length of a PER_TOKEN scale",
                 found=str(desc), expected=f"[{size}]", tensor=f"input {index}")  # fmt: skip
 
 
 def linear_late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> None:
-    require(len(outs[0].shape) == len(ins[0].shape), "ERROR_INVALID_TENSOR_DIM_NUM", "output and x differ in rank",
+    require(len(outs[0].shape) == len(ins[0].shape), DIM_NUM, "output and x differ in rank",
             found=str(outs[0]), expected=f"{len(ins[0].shape)} dimensions", tensor="output 0")  # fmt: skip
     float32 = ins[0].dtype == "float32" and chip == "Ascend910B"
     require_param(not (float32 and param.transposeA), "a float32 Linear needs transposeA = false")
@@ -223,19 +224,18 @@ def sparse_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     """The weight is the vendor's compressed 1-D form. The dense [n, k] is taken too: it is what the compressor reads,
     and what the vendor's case tables and hostatb (which cannot decompress) work on."""
     x, weight, bias, scale, index = ins
-    code = "ERROR_INVALID_TENSOR_DIM"
-    require(len(x.shape) in (2, 3), code, "dimensions of x", found=str(x), expected="2 or 3", tensor="input 0")
+    require(len(x.shape) in (2, 3), DIM, "dimensions of x", found=str(x), expected="2 or 3", tensor="input 0")
     k, n = x.shape[-1], bias.shape[-1]
     dense = weight.shape == (n, k)
     padded_k, padded_n = -(-k // 32), -(-n // 16)
     longest = padded_k * 32 * padded_n * 16
-    require(dense or (len(weight.shape) == 1 and weight.shape[0] <= longest), code, "compressed weight",
+    require(dense or (len(weight.shape) == 1 and weight.shape[0] <= longest), DIM, "compressed weight",
             found=str(weight), expected=f"one dimension, at most {longest}", tensor="input 1")  # fmt: skip
     for number, vector in ((2, bias), (3, scale)):
-        require((1, *vector.shape)[-2:] == (1, n) and len(vector.shape) <= 2, code, "bias or deqScale",
+        require((1, *vector.shape)[-2:] == (1, n) and len(vector.shape) <= 2, DIM, "bias or deqScale",
                 found=str(vector), expected=f"[{n}] or [1, {n}]", tensor=f"input {number}")  # fmt: skip
     length = -(-padded_k // SPARSE_TILE) * -(-padded_n // SPARSE_TILE) * 8
-    require(dense or index.shape == (length,), code, "compression index", found=str(index), expected=f"[{length}]",
+    require(dense or index.shape == (length,), DIM, "compression index", found=str(index), expected=f"[{length}]",
             tensor="input 4")  # fmt: skip
     return [Desc(dtype="float16", shape=(*x.shape[:-1], n), format=x.format)]
 

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmc.compiler.atb.core import AtbOp, Desc, Field, Param, Row, require, require_param
-from llmc.compiler.atb.shape import DIM, require_output
+from llmc.compiler.atb.core import DIM, SIZE, AtbOp, Desc, Field, Param, Row, require, require_param
+from llmc.compiler.atb.shape import require_output
 
 MAX_EXPERTS = 1024
-SIZE = "ERROR_INVALID_TENSOR_SIZE"
 
 
 def gating_rows(param: Param, chip: str) -> tuple[Row, ...]:
@@ -37,8 +36,9 @@ def gating_check(param: Param, chip: str) -> None:
         return
     require_param(chip != "Ascend310P", "deviceExpert (expert parallelism) is for Ascend910B only", found=chip)
     require_param(experts > 0, "deviceExpert needs cumSumNum above 0")
-    require_param(all(0 <= e < experts for e in local), "deviceExpert", found=str(local),
-                  expected=f"experts 0 to {experts - 1}")  # fmt: skip
+    require_param(
+        all(0 <= e < experts for e in local), "deviceExpert", found=str(local), expected=f"experts 0 to {experts - 1}"
+    )
     require_param(len(set(local)) == len(local), "deviceExpert names an expert twice", found=str(local))
 
 

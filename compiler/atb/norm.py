@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmc.compiler.atb.core import AtbOp, Desc, Field, Param, Row, require, require_param
+from llmc.compiler.atb.core import DIM, DIM_NUM, SIZE, AtbOp, Desc, Field, Param, Row, require, require_param
 
 NORM, PRENORM, POSTNORM = 1, 2, 3  # layerType of both operations
 UNQUANT, INT8 = 0, 2  # quantType
@@ -18,8 +18,6 @@ HIGH_PERFORMANCE, GEMMA = 1, 1  # precisionMode, modelType
 SMALLEST_EPSILON = 2e-38
 DYNAMIC_QUANT_LONGEST = 12288  # last dim of the dynamically quantised forms
 ALIGN_BYTES = 32  # of the last dim
-
-_DIM, _SIZE = "ERROR_INVALID_TENSOR_DIM", "ERROR_INVALID_TENSOR_SIZE"
 
 
 def _both(inputs: int, *outputs: str) -> list[Row]:
@@ -99,7 +97,7 @@ def rms_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
             "HIGH_PERFORMANCE_MODE needs a float16 x", found=x.dtype, tensor="input 0")  # fmt: skip
     if param.layerType == NORM and norm.rstd:
         gamma = ins[1]
-        require(x.shape[-len(gamma.shape) :] == gamma.shape, _DIM, "gamma is not the tail of x", found=str(gamma),
+        require(x.shape[-len(gamma.shape) :] == gamma.shape, DIM, "gamma is not the tail of x", found=str(gamma),
                 expected=f"tail of {list(x.shape)}", tensor="input 1")  # fmt: skip
     else:
         _rms_in_shapes(param, ins, quant)
@@ -123,32 +121,32 @@ def _rms_in_shapes(param: Param, ins: Sequence[Desc], quant: bool) -> None:
     else:
         residual = 2 if rms_has_bias(param) and not quant else 1
         gamma = residual + 1
-        require(ins[residual] == x, _DIM, "residual and x differ", found=str(ins[residual]), expected=str(x),
+        require(ins[residual] == x, DIM, "residual and x differ", found=str(ins[residual]), expected=str(x),
                 tensor=f"input {residual}")  # fmt: skip
     rows = [gamma] if quant or gamma < 3 else [1, gamma]
     for index in rows:
         row = ins[index]
-        require(row.shape[-1] == x.shape[-1] and all(dim == 1 for dim in row.shape[:-1]), _DIM,
+        require(row.shape[-1] == x.shape[-1] and all(dim == 1 for dim in row.shape[:-1]), DIM,
                 "gamma or bias is not one row of x", found=str(row), expected=f"[{x.shape[-1]}]",
                 tensor=f"input {index}")  # fmt: skip
     if not quant:
         return
     if param.layerType == POSTNORM:
-        require(len(ins[gamma].shape) <= 2, _DIM, "gamma has 1 or 2 dimensions", found=str(ins[gamma]),
+        require(len(ins[gamma].shape) <= 2, DIM, "gamma has 1 or 2 dimensions", found=str(ins[gamma]),
                 tensor=f"input {gamma}")  # fmt: skip
     elif param.layerType == PRENORM or param.normParam.dynamicQuantType == STATIC:
-        require(ins[gamma + 1] == ins[gamma], _DIM, "beta and gamma differ", found=str(ins[gamma + 1]),
+        require(ins[gamma + 1] == ins[gamma], DIM, "beta and gamma differ", found=str(ins[gamma + 1]),
                 expected=str(ins[gamma]), tensor=f"input {gamma + 1}")  # fmt: skip
     if param.layerType != NORM or param.normParam.dynamicQuantType == STATIC:
         for index in (len(ins) - 2, len(ins) - 1):
-            require(ins[index].shape == (1,), _DIM, "scale and offset have one element", found=str(ins[index]),
+            require(ins[index].shape == (1,), DIM, "scale and offset have one element", found=str(ins[index]),
                     expected="[1]", tensor=f"input {index}")  # fmt: skip
 
 
 def _rms_last_dims(param: Param, ins: Sequence[Desc]) -> None:
     """As the library has it: quantType of any of the three structs counts (reference 3.5)."""
     quants = [p.quantType == INT8 for p in (param.normParam, param.preNormParam, param.postNormParam)]
-    code = _DIM if quants[2] else _SIZE
+    code = DIM if quants[2] else SIZE
     last, size = ins[0].shape[-1], 4 if ins[0].dtype == "float32" else 2
     multiple = ALIGN_BYTES if quants[2] else ALIGN_BYTES // size
     require(last % multiple == 0, code, "last dimension of x", found=str(last), expected=f"a multiple of {multiple}",
@@ -178,7 +176,7 @@ def _rms_combination(param: Param, chip: str) -> None:
 
 def rms_late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> None:
     for index, out in enumerate(outs[:1] if param.layerType == NORM else outs):
-        require(len(out.shape) == len(ins[0].shape), _SIZE, "output and x differ in rank", found=str(out),
+        require(len(out.shape) == len(ins[0].shape), SIZE, "output and x differ in rank", found=str(out),
                 expected=str(ins[0]), tensor=f"output {index}")  # fmt: skip
 
 
@@ -278,24 +276,24 @@ def layer_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     if plain:
         _layer_axis(x, ins[1], norm.beginNormAxis)
     if param.layerType == NORM and norm.quantType == INT8 and norm.dynamicQuantType == SYMMETRIC:
-        require(len(x.shape) >= 2, _DIM, "x has at least 2 dimensions", found=str(x), tensor="input 0")
+        require(len(x.shape) >= 2, DIM, "x has at least 2 dimensions", found=str(x), tensor="input 0")
     if param.layerType != NORM:
-        require(len(ins[1].shape) == len(x.shape), "ERROR_INVALID_TENSOR_DIM_NUM", "residual and x differ in rank",
+        require(len(ins[1].shape) == len(x.shape), DIM_NUM, "residual and x differ in rank",
                 found=str(ins[1]), expected=str(x), tensor="input 1")  # fmt: skip
-        require(ins[1] == x, _DIM, "residual and x differ", found=str(ins[1]), expected=str(x), tensor="input 1")
+        require(ins[1] == x, DIM, "residual and x differ", found=str(ins[1]), expected=str(x), tensor="input 1")
     last = x.shape[-1]
-    require(plain or last % 16 == 0, _SIZE, "last dimension of x", found=str(last), expected="a multiple of 16",
+    require(plain or last % 16 == 0, SIZE, "last dimension of x", found=str(last), expected="a multiple of 16",
             tensor="input 0")  # fmt: skip
     static = (norm.quantType == INT8 and norm.dynamicQuantType == STATIC) or post.quantType == INT8
     for index in range(1, len(ins) - (2 if static else 0)):
-        require(ins[index].shape[-1] == last, _SIZE, "last dimensions differ", found=str(ins[index]),
+        require(ins[index].shape[-1] == last, SIZE, "last dimensions differ", found=str(ins[index]),
                 expected=str(last), tensor=f"input {index}")  # fmt: skip
     if param.layerType == NORM and norm.dynamicQuantType == SYMMETRIC:
-        require(last <= DYNAMIC_QUANT_LONGEST, _SIZE, "last dimension of x", found=str(last),
+        require(last <= DYNAMIC_QUANT_LONGEST, SIZE, "last dimension of x", found=str(last),
                 expected=f"at most {DYNAMIC_QUANT_LONGEST}", tensor="input 0")  # fmt: skip
     if len(ins) in (5, 6):
         for index in (len(ins) - 2, len(ins) - 1):
-            require(ins[index].shape == (1,), _SIZE, "scale and offset have one element", found=str(ins[index]),
+            require(ins[index].shape == (1,), SIZE, "scale and offset have one element", found=str(ins[index]),
                     expected="[1]", tensor=f"input {index}")  # fmt: skip
     quantised = Desc(dtype="int8", shape=x.shape, format=x.format)
     if param.layerType == NORM and norm.quantType == INT8:
@@ -307,7 +305,7 @@ def layer_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
 
 
 def _layer_axis(x: Desc, gamma: Desc, axis: int) -> None:
-    require(len(gamma.shape) <= len(x.shape), _DIM, "gamma has more dimensions than x", found=str(gamma),
+    require(len(gamma.shape) <= len(x.shape), DIM, "gamma has more dimensions than x", found=str(gamma),
             expected=str(x), tensor="input 1")  # fmt: skip
     rest = len(x.shape) - axis if axis >= 0 else -axis
     require_param(rest == len(gamma.shape), "beginNormAxis does not leave gamma's dimensions", found=str(axis),

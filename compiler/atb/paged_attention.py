@@ -13,7 +13,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 
-from llmc.compiler.atb.core import ACL_DTYPE, AtbOp, Desc, Field, Param, Row, require, require_param
+from llmc.compiler.atb.core import (
+    ACL_DTYPE,
+    DIM,
+    AtbOp,
+    Desc,
+    Field,
+    Param,
+    Row,
+    require,
+    require_dim,
+    require_dim_nums,
+    require_param,
+)
 from llmc.compiler.atb.self_attention import (
     ACL_BF16,
     ACL_FLOAT16,
@@ -173,15 +185,12 @@ def rows(param: Param, chip: str) -> list[Row]:
 
 def shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     named = dict(zip(inputs(param), ins, strict=True))
-    legal = {"valueCache": 4, "query": 3, "keyCache": 4, "blockTables": 2, "contextLens": 1}
-    for name, count in legal.items():
-        if name in named:
-            require(len(named[name].shape) == count, "ERROR_INVALID_TENSOR_DIM_NUM", "number of dimensions",
-                    found=str(named[name]), expected=str(count), tensor=name)  # fmt: skip
+    counts = {"valueCache": 4, "query": 3, "keyCache": 4, "blockTables": 2, "contextLens": 1}
+    require_dim_nums(named, {name: (count,) for name, count in counts.items()})
     query, key, value = named["query"], named["keyCache"], named.get("valueCache")
     if param.batchRunStatusEnable:
         for name in ("blockTables", "contextLens"):
-            require(query.shape[0] <= named[name].shape[0], "ERROR_INVALID_TENSOR_DIM", "more tokens than sequences",
+            require(query.shape[0] <= named[name].shape[0], DIM, "more tokens than sequences",
                     found=str(named[name]), expected=f"at least {query.shape[0]} rows", tensor=name)  # fmt: skip
     if not is_910b(chip):
         _check_nz_caches(param, query, key, named["valueCache"])
@@ -196,85 +205,81 @@ def shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     return [Desc(dtype=dtype, shape=dims, format=query.format)]
 
 
-def _require_dim(condition: bool, message: str, found: object, expected: object = "", tensor: str = "") -> None:
-    require(condition, "ERROR_INVALID_TENSOR_DIM", message, found=str(found), expected=str(expected), tensor=tensor)
-
-
 def _check_nd_caches(param: Param, query: Desc, key: Desc, value: Desc | None, lengths: Desc) -> None:
     """910B: [blocks, blockSize, Nk, D] and [blocks, blockSize, Nk, Dv]."""
     if value is not None:
-        _require_dim(key.shape[:3] == value.shape[:3], "the caches differ before the head size", value, key)
+        require_dim(key.shape[:3] == value.shape[:3], "the caches differ before the head size", value, key)
     block, size = key.shape[1], key.shape[3]
-    _require_dim(size == query.shape[2], "head sizes of query and keyCache differ", key, query, "keyCache")
+    require_dim(size == query.shape[2], "head sizes of query and keyCache differ", key, query, "keyCache")
     plain = param.calcType == SPEC or qkv_quantised(param)
     if param.quantType == DEQUANT_FUSION or param.scaleType == LOGN or param.compressType or (
         plain and not param.mlaVHeadSize
     ):  # fmt: skip
-        _require_dim(value is not None and size == value.shape[3], "head sizes of key and value must be equal here",
-                     value, key)  # fmt: skip
+        require_dim(
+            value is not None and size == value.shape[3], "head sizes of key and value must be equal here", value, key
+        )
         _check_block_area(size, block)
         return
     v_size = param.mlaVHeadSize or (value.shape[3] if value else 0)
-    _require_dim(param.mlaVHeadSize <= size, "mlaVHeadSize is larger than the key's head size", size)
-    _require_dim(max(size, v_size) <= MAX_HEAD, "head size", max(size, v_size), f"at most {MAX_HEAD}")
+    require_dim(param.mlaVHeadSize <= size, "mlaVHeadSize is larger than the key's head size", size)
+    require_dim(max(size, v_size) <= MAX_HEAD, "head size", max(size, v_size), f"at most {MAX_HEAD}")
     if param.mlaVHeadSize:
-        _require_dim(lengths.shape[0] <= MAX_MLA_BATCH, "batch size", lengths, f"at most {MAX_MLA_BATCH}")
+        require_dim(lengths.shape[0] <= MAX_MLA_BATCH, "batch size", lengths, f"at most {MAX_MLA_BATCH}")
         mtp = param.headNum in (16, 32) and (size, v_size) == (576, 512) and param.calcType != SPEC
         if block == 256 and mtp:
             return
-    _require_dim(max(size, v_size) <= MAX_HEAD_PLAIN_BLOCK or block <= 128,
-                 "block size with a head size above 256", block, "at most 128")  # fmt: skip
+    require_dim(max(size, v_size) <= MAX_HEAD_PLAIN_BLOCK or block <= 128,
+                "block size with a head size above 256", block, "at most 128")  # fmt: skip
 
 
 def _check_block_area(size: int, block: int) -> None:
-    _require_dim(size <= MAX_HEAD_PLAIN_BLOCK, "head size", size, f"at most {MAX_HEAD_PLAIN_BLOCK}")
-    _require_dim(size * block <= MAX_BLOCK_AREA, "head size times block size", size * block,
-                 f"at most {MAX_BLOCK_AREA}")  # fmt: skip
+    require_dim(size <= MAX_HEAD_PLAIN_BLOCK, "head size", size, f"at most {MAX_HEAD_PLAIN_BLOCK}")
+    require_dim(size * block <= MAX_BLOCK_AREA, "head size times block size", size * block, f"at most {MAX_BLOCK_AREA}")
 
 
 def _check_bnsd_caches(query: Desc, key: Desc, value: Desc) -> None:
     """910B: [blocks, Nk, blockSize, D]."""
     size = query.shape[2]
-    _require_dim(size == key.shape[3] == value.shape[3], "head sizes differ", f"{query}, {key}, {value}")
-    _require_dim(key.shape[0] == value.shape[0], "numbers of blocks differ", value, key)
-    _require_dim(key.shape[2] == value.shape[2], "block sizes differ", value, key)
+    require_dim(size == key.shape[3] == value.shape[3], "head sizes differ", f"{query}, {key}, {value}")
+    require_dim(key.shape[0] == value.shape[0], "numbers of blocks differ", value, key)
+    require_dim(key.shape[2] == value.shape[2], "block sizes differ", value, key)
 
 
 def _check_nz_caches(param: Param, query: Desc, key: Desc, value: Desc) -> None:
     """310P: [blocks, Nk * D / 16, blockSize, 16]."""
-    _require_dim(key.shape[:3] == value.shape[:3], "the caches differ", value, key)
-    _require_dim(key.shape[3] == value.shape[3] == 16, "the last dimension of an NZ cache is 16", f"{key}, {value}")
+    require_dim(key.shape[:3] == value.shape[:3], "the caches differ", value, key)
+    require_dim(key.shape[3] == value.shape[3] == 16, "the last dimension of an NZ cache is 16", f"{key}, {value}")
     size = key.shape[1] * 16 // kv_heads(param)
-    _require_dim(size % 16 == 0, "the head size must be a multiple of 16", size)
+    require_dim(size % 16 == 0, "the head size must be a multiple of 16", size)
     _check_block_area(size, key.shape[2])
-    _require_dim(size == query.shape[2], "head sizes of query and keyCache differ", key, query, "keyCache")
+    require_dim(size == query.shape[2], "head sizes of query and keyCache differ", key, query, "keyCache")
 
 
 def _check_mask_free(param: Param, named: dict[str, Desc], chip: str) -> None:
     if param.maskType == MASK_FREE:
-        _require_dim(not is_910b(chip), f"MASK_TYPE_MASK_FREE is not supported on {chip}", "")
+        require_dim(not is_910b(chip), f"MASK_TYPE_MASK_FREE is not supported on {chip}", "")
         mask, block = named["mask"], named["keyCache"].shape[2]
-        _require_dim(mask.shape == (1, 8, 128, 16), "shape of the mask", mask, "[1, 8, 128, 16]", "mask")
+        require_dim(mask.shape == (1, 8, 128, 16), "shape of the mask", mask, "[1, 8, 128, 16]", "mask")
         require_param(block == 128, "MASK_TYPE_MASK_FREE needs blocks of 128", found=str(block))
     elif param.maskType == NORM_COMPRESS:
         mask = named["mask"]
-        _require_dim(mask.shape in ((2048, 2048), (1, 128, 2048, 16)), "shape of the compressed mask", mask,
-                     "[2048, 2048] or [1, 128, 2048, 16]", "mask")  # fmt: skip
+        require_dim(mask.shape in ((2048, 2048), (1, 128, 2048, 16)), "shape of the compressed mask", mask,
+                    "[2048, 2048] or [1, 128, 2048, 16]", "mask")  # fmt: skip
 
 
 def late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> None:
     """Setup: the output, razorOffset, logN, and on 910B the mask shapes that only the kernel refuses."""
     named = dict(zip(inputs(param), ins, strict=True))
     expected = shape(param, ins, chip)[0]
-    _require_dim(outs[0].shape[1:] == expected.shape[1:], "output", outs[0], expected)
+    require_dim(outs[0].shape[1:] == expected.shape[1:], "output", outs[0], expected)
     if "razorOffset" in named:
-        _require_dim(named["razorOffset"].shape == named["keyCache"].shape[:2], "razorOffset is [blocks, blockSize]",
-                     named["razorOffset"], list(named["keyCache"].shape[:2]), "razorOffset")  # fmt: skip
+        require_dim(named["razorOffset"].shape == named["keyCache"].shape[:2], "razorOffset is [blocks, blockSize]",
+                    named["razorOffset"], list(named["keyCache"].shape[:2]), "razorOffset")  # fmt: skip
     if "logN" in named:
         batch = named["contextLens"].shape
-        _require_dim(named["logN"].shape == batch, "logN is [B]", named["logN"], list(batch), "logN")
+        require_dim(named["logN"].shape == batch, "logN is [B]", named["logN"], list(batch), "logN")
         status = named.get("batchRunStatus")
-        _require_dim(status is None or status.shape[0] == batch[0], "batchRunStatus is [B]", status, list(batch))
+        require_dim(status is None or status.shape[0] == batch[0], "batchRunStatus is [B]", status, list(batch))
     if "mask" not in named or not is_910b(chip):
         return
     mask, batch_size, tokens = named["mask"].shape, named["contextLens"].shape[0], named["query"].shape[0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmc.compiler.atb.core import AtbOp, Desc, Field, Param, Row, require, require_param
+from llmc.compiler.atb.core import DIM, SIZE, AtbOp, Desc, Field, Param, Row, require, require_param
 
 HIDDEN_MULTIPLE = 16  # the kernel moves 32 bytes at a time
 SMALLEST_HEAD, LARGEST_HEAD = 16, 4096  # C, the last dimension of cos and sin
@@ -28,21 +28,20 @@ def merged(desc: Desc) -> tuple[int, int]:
 
 def rope_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     q, k, cos, sin, lengths = ins
-    dim, size = "ERROR_INVALID_TENSOR_DIM", "ERROR_INVALID_TENSOR_SIZE"
     for index, (desc, ranks) in enumerate(((q, (2, 4)), (k, (2, 4)), (cos, (2,)), (sin, (2,)), (lengths, (1,)))):
-        require(len(desc.shape) in ranks, dim, "number of dimensions", found=str(desc),
+        require(len(desc.shape) in ranks, DIM, "number of dimensions", found=str(desc),
                 expected=" or ".join(map(str, ranks)), tensor=f"input {index}")  # fmt: skip
     (tokens, q_hidden), (k_tokens, k_hidden) = merged(q), merged(k)
-    require(tokens == k_tokens, size, "q and k have different token counts", found=str(k_tokens),
+    require(tokens == k_tokens, SIZE, "q and k have different token counts", found=str(k_tokens),
             expected=str(tokens), tensor="input 1")  # fmt: skip
     head = cos.shape[1]
     for index, table in ((2, cos), (3, sin)):
-        require(SMALLEST_HEAD <= table.shape[1] <= LARGEST_HEAD, dim, "head size of cos or sin", found=str(table),
+        require(SMALLEST_HEAD <= table.shape[1] <= LARGEST_HEAD, DIM, "head size of cos or sin", found=str(table),
                 expected=f"{SMALLEST_HEAD} to {LARGEST_HEAD}", tensor=f"input {index}")  # fmt: skip
-    require(cos.shape == sin.shape, size, "cos and sin differ", found=str(sin), expected=str(cos), tensor="input 3")
-    require(q_hidden % k_hidden == 0, size, "hidden size of q is not a multiple of k's", found=str(q_hidden),
+    require(cos.shape == sin.shape, SIZE, "cos and sin differ", found=str(sin), expected=str(cos), tensor="input 3")
+    require(q_hidden % k_hidden == 0, SIZE, "hidden size of q is not a multiple of k's", found=str(q_hidden),
             expected=f"a multiple of {k_hidden}", tensor="input 0")  # fmt: skip
-    require(k_hidden % head == 0, dim, "hidden size of k is not a multiple of the head size", found=str(k_hidden),
+    require(k_hidden % head == 0, DIM, "hidden size of k is not a multiple of the head size", found=str(k_hidden),
             expected=f"a multiple of {head}", tensor="input 1")  # fmt: skip
     require_param(param.rotaryCoeff in (2, 4, head), "rotaryCoeff", found=str(param.rotaryCoeff),
                   expected=f"2, 4 or the head size {head}")  # fmt: skip

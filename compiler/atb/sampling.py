@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmc.compiler.atb.core import AtbOp, Desc, Field, Param, Row, require, require_param
-from llmc.compiler.atb.shape import DIM, DIM_NUM, arity, fixed, require_output
+from llmc.compiler.atb.core import DIM, DIM_NUM, AtbOp, Desc, Field, Param, Row, require, require_param
+from llmc.compiler.atb.shape import arity, fixed, require_output
 
 # Sort -----------------------------------------------------------------------------------------------------------------
 
@@ -54,8 +54,9 @@ MAX_SAMPLES = 64
 
 def multinomial_check(param: Param, chip: str) -> None:
     require_param(chip != "Ascend310P", "Multinomial runs on Ascend910B only", found=chip)
-    require_param(param.numSamples <= MAX_SAMPLES, "numSamples", found=str(param.numSamples),
-                  expected=f"at most {MAX_SAMPLES}")  # fmt: skip
+    require_param(
+        param.numSamples <= MAX_SAMPLES, "numSamples", found=str(param.numSamples), expected=f"at most {MAX_SAMPLES}"
+    )
 
 
 def multinomial_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:

@@ -14,7 +14,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import product
 
-from llmc.compiler.atb.core import ACL_DTYPE, AtbOp, Desc, Field, Param, Row, require, require_param
+from llmc.compiler.atb.core import (
+    ACL_DTYPE,
+    DIM,
+    DIM_NUM,
+    SIZE,
+    AtbOp,
+    Desc,
+    Field,
+    Param,
+    Row,
+    require,
+    require_dim_nums,
+    require_param,
+)
 
 # calcType
 UNDEFINED, ENCODER, DECODER, PA_ENCODER, PREFIX_ENCODER = range(5)
@@ -138,9 +151,10 @@ def _check_quant(param: Param) -> None:
     if not quantised(param):
         return
     require_param(
-        param.outDataType in (ACL_FLOAT16, ACL_BF16), "quantised q, k, v need outDataType ACL_FLOAT16 or ACL_BF16",
+        param.outDataType in (ACL_FLOAT16, ACL_BF16),
+        "quantised q, k, v need outDataType ACL_FLOAT16 or ACL_BF16",
         found=str(param.outDataType),
-    )  # fmt: skip
+    )
     require_param(paged(param), "quantised q, k, v need calcType PA_ENCODER", found=str(param.calcType))
     require_param(param.scaleType == TOR, "quantised q, k, v need SCALE_TYPE_TOR", found=str(param.scaleType))
 
@@ -163,9 +177,10 @@ def _check_layout(param: Param, chip: str) -> None:
         "on 310P PA_ENCODER with TYPE_BNSD needs KERNELTYPE_EXP_M8V2",
     )
     require_param(
-        param.kernelType == EXP_M8V2 or param.maskType == NO_MASK, "PA_ENCODER with TYPE_BNSD takes no mask",
+        param.kernelType == EXP_M8V2 or param.maskType == NO_MASK,
+        "PA_ENCODER with TYPE_BNSD takes no mask",
         found=f"maskType {param.maskType}",
-    )  # fmt: skip
+    )
 
 
 def _check_mla(param: Param, chip: str) -> None:
@@ -174,9 +189,10 @@ def _check_mla(param: Param, chip: str) -> None:
     require_param(paged(param), "mlaVHeadSize needs calcType PA_ENCODER", found=str(param.calcType))
     require_param(is_910b(chip), f"mlaVHeadSize is not supported on {chip}")
     require_param(
-        param.maskType in (NO_MASK, NORM, *SLIDING_WINDOW), "mlaVHeadSize takes no mask, a norm mask or a window",
+        param.maskType in (NO_MASK, NORM, *SLIDING_WINDOW),
+        "mlaVHeadSize takes no mask, a norm mask or a window",
         found=f"maskType {param.maskType}",
-    )  # fmt: skip
+    )
     require_param(param.scaleType == TOR, "mlaVHeadSize cannot be combined with SCALE_TYPE_LOGN")
     require_param(param.clampType == 0, "mlaVHeadSize cannot be combined with clamp")
     require_param(param.mlaVHeadSize <= MAX_HEAD, "mlaVHeadSize is too large", found=str(param.mlaVHeadSize),
@@ -187,9 +203,10 @@ def _check_window(param: Param) -> None:
     """Sliding window: windowSize > 0 and maskType 7 or 8 come together."""
     window = param.maskType in SLIDING_WINDOW
     require_param(
-        (param.windowSize > 0) == window, "windowSize > 0 and a sliding window mask need each other",
+        (param.windowSize > 0) == window,
+        "windowSize > 0 and a sliding window mask need each other",
         found=f"windowSize {param.windowSize}, maskType {param.maskType}",
-    )  # fmt: skip
+    )
     if not window:
         require_param(param.cacheType == 0, "CACHE_TYPE_SWA needs a sliding window mask")
         return
@@ -359,7 +376,7 @@ def _check_log_n(param: Param, named: dict[str, Desc], chip: str) -> None:
     if param.scaleType != LOGN:
         return
     log_n = named["logN"]
-    require(len(log_n.shape) == 1, "ERROR_INVALID_TENSOR_DIM", "logN must be 1-D", found=str(log_n), tensor="logN")
+    require(len(log_n.shape) == 1, DIM, "logN must be 1-D", found=str(log_n), tensor="logN")
     require_param(param.calcType in (PA_ENCODER, DECODER), "SCALE_TYPE_LOGN needs calcType PA_ENCODER or DECODER",
                   found=str(param.calcType))  # fmt: skip
     require_param(
@@ -376,7 +393,7 @@ def _check_scales(param: Param, named: dict[str, Desc]) -> None:
         return
     for name in ("qkDescale", "vpvDescale", "pScale"):
         if name in named:
-            require(named[name].shape == (param.headNum,), "ERROR_INVALID_TENSOR_DIM", "a scale has one value a head",
+            require(named[name].shape == (param.headNum,), DIM, "a scale has one value a head",
                     found=str(named[name]), expected=f"[{param.headNum}]", tensor=name)  # fmt: skip
 
 
@@ -385,7 +402,7 @@ def _check_head_size(param: Param, ins: Sequence[Desc], chip: str) -> None:
     heads, key, value = kv_heads(param), ins[1], ins[2]
     bypass = param.kvcacheCfg == K_BYPASS_V_BYPASS
     if not is_910b(chip):
-        require(key == value, "ERROR_INVALID_TENSOR_DIM", "key and value descs must be equal on 310P",
+        require(key == value, DIM, "key and value descs must be equal on 310P",
                 found=str(value), expected=str(key), tensor="value")  # fmt: skip
         nz_cache = bypass and len(key.shape) > 2  # [layers, B, hidden / 16, maxS, 16]
         hidden = key.shape[2] * 16 if nz_cache else key.shape[-1]
@@ -394,8 +411,7 @@ def _check_head_size(param: Param, ins: Sequence[Desc], chip: str) -> None:
         size = hidden // heads if merged else hidden
         limit = MAX_HEAD_ALIBI if has_slopes(param) else MAX_HEAD_EQUAL
         _require_head_size(size, limit)
-        require(size % 16 == 0, "ERROR_INVALID_TENSOR_DIM", "the head size must be a multiple of 16 on 310P",
-                found=str(size))  # fmt: skip
+        require(size % 16 == 0, DIM, "the head size must be a multiple of 16 on 310P", found=str(size))
         return
     merged = bypass or len(key.shape) == 2 or (prefix(param) and len(key.shape) == 3)
     k_size = key.shape[-1]
@@ -406,28 +422,25 @@ def _check_head_size(param: Param, ins: Sequence[Desc], chip: str) -> None:
         if not param.mlaVHeadSize:
             _require_multiple(v_size, heads, "hidden size of value")
             v_size //= heads
-    require(param.mlaVHeadSize <= k_size, "ERROR_INVALID_TENSOR_DIM", "mlaVHeadSize is larger than the key's head size",
+    require(param.mlaVHeadSize <= k_size, DIM, "mlaVHeadSize is larger than the key's head size",
             found=f"{param.mlaVHeadSize} and {k_size}")  # fmt: skip
     mixed = not param.mlaVHeadSize and k_size != v_size
     limit = MAX_HEAD_MIXED if mixed else MAX_HEAD
     quant = quantised(param) and not param.mlaVHeadSize
     if (param.windowSize and not mixed) or param.scaleType != TOR or quant:
         limit = MAX_HEAD_EQUAL
-        require(k_size == v_size, "ERROR_INVALID_TENSOR_DIM", "head sizes of key and value must be equal here",
-                found=f"{k_size} and {v_size}")  # fmt: skip
+        require(k_size == v_size, DIM, "head sizes of key and value must be equal here", found=f"{k_size} and {v_size}")
     if has_slopes(param):
         limit = MAX_HEAD_ALIBI
     _require_head_size(max(k_size, v_size), limit)
 
 
 def _require_multiple(hidden: int, heads: int, what: str) -> None:
-    require(hidden % heads == 0, "ERROR_INVALID_TENSOR_DIM", f"{what} must be a multiple of kvHeadNum",
-            found=f"{hidden} and {heads}")  # fmt: skip
+    require(hidden % heads == 0, DIM, f"{what} must be a multiple of kvHeadNum", found=f"{hidden} and {heads}")
 
 
 def _require_head_size(size: int, limit: int) -> None:
-    require(size <= limit, "ERROR_INVALID_TENSOR_DIM", "head size of key or value",
-            found=str(size), expected=f"at most {limit}")  # fmt: skip
+    require(size <= limit, DIM, "head size of key or value", found=str(size), expected=f"at most {limit}")
 
 
 def _check_window_mask(param: Param, named: dict[str, Desc], chip: str) -> None:
@@ -435,10 +448,11 @@ def _check_window_mask(param: Param, named: dict[str, Desc], chip: str) -> None:
         return
     mask = named["mask"]
     dims, compressed = (2, (512, 512)) if is_910b(chip) else (4, (1, 32, 512, 16))
-    require(len(mask.shape) == dims, "ERROR_INVALID_TENSOR_DIM", f"a sliding window mask has {dims} dimensions",
-            found=str(mask), tensor="mask")  # fmt: skip
+    require(
+        len(mask.shape) == dims, DIM, f"a sliding window mask has {dims} dimensions", found=str(mask), tensor="mask"
+    )
     if param.maskType == SLIDING_WINDOW_COMPRESS:
-        require(mask.shape == compressed, "ERROR_INVALID_TENSOR_DIM", "shape of the compressed window mask",
+        require(mask.shape == compressed, DIM, "shape of the compressed window mask",
                 found=str(mask), expected=str(list(compressed)), tensor="mask")  # fmt: skip
 
 
@@ -448,23 +462,21 @@ def _check_paged(param: Param, named: dict[str, Desc], chip: str) -> None:
     for name in ("query", "key", "value"):
         if name in named:
             same = param.mlaVHeadSize or len(named[name].shape) == len(query.shape)
-            require(bool(len(named[name].shape) in legal and same), "ERROR_INVALID_TENSOR_SIZE",
+            require(bool(len(named[name].shape) in legal and same), SIZE,
                     "number of dimensions of query, key and value", found=str(named[name]),
                     expected="[T, N, D] or [T, N * D], alike for all", tensor=name)  # fmt: skip
     slopes = named.get("slopes")
-    require(slopes is None or len(slopes.shape) == 1, "ERROR_INVALID_TENSOR_SIZE", "slopes must be 1-D",
-            found=str(slopes), tensor="slopes")  # fmt: skip
-    require(len(lengths.shape) in (1, 2), "ERROR_INVALID_TENSOR_DIM_NUM", "seqLen is [B] or [2, B]",
-            found=str(lengths), tensor="seqLen")  # fmt: skip
+    require(slopes is None or len(slopes.shape) == 1, SIZE, "slopes must be 1-D", found=str(slopes), tensor="slopes")
+    require(len(lengths.shape) in (1, 2), DIM_NUM, "seqLen is [B] or [2, B]", found=str(lengths), tensor="seqLen")
     if "value" in named:
-        require(key.shape[:-1] == named["value"].shape[:-1], "ERROR_INVALID_TENSOR_DIM",
+        require(key.shape[:-1] == named["value"].shape[:-1], DIM,
                 "key and value differ before their last dimension", found=str(named["value"]), expected=str(key),
                 tensor="value")  # fmt: skip
     if "mask" in named:
         _check_prefill_mask(param, named["mask"], lengths, chip)
-    require(slopes is None or slopes.shape[0] == param.headNum, "ERROR_INVALID_TENSOR_DIM", "slopes: one a head",
+    require(slopes is None or slopes.shape[0] == param.headNum, DIM, "slopes: one a head",
             found=str(slopes), expected=f"[{param.headNum}]", tensor="slopes")  # fmt: skip
-    require(len(lengths.shape) == 1 or lengths.shape[0] == 2, "ERROR_INVALID_TENSOR_DIM", "seqLen is [B] or [2, B]",
+    require(len(lengths.shape) == 1 or lengths.shape[0] == 2, DIM, "seqLen is [B] or [2, B]",
             found=str(lengths), tensor="seqLen")  # fmt: skip
 
 
@@ -474,34 +486,33 @@ def _check_prefill_mask(param: Param, mask: Desc, lengths: Desc, chip: str) -> N
         if param.maskType == NORM_COMPRESS:
             _check_norm_compress(mask, chip)
         elif len(mask.shape) == 3:
-            require(mask.shape[0] == lengths.shape[-1], "ERROR_INVALID_TENSOR_SIZE", "batch of the mask",
+            require(mask.shape[0] == lengths.shape[-1], SIZE, "batch of the mask",
                     found=str(mask), expected=f"[{lengths.shape[-1]}, S, S]", tensor="mask")  # fmt: skip
     elif has_slopes(param):
         _check_alibi_compress(param, mask, chip)
     elif param.maskType == NORM_COMPRESS:
         _check_norm_compress(mask, chip)
     elif is_910b(chip):
-        require(len(mask.shape) in (2, 3, 4), "ERROR_INVALID_TENSOR_SIZE", "a mask has 2, 3 or 4 dimensions",
-                found=str(mask), tensor="mask")  # fmt: skip
+        require(len(mask.shape) in (2, 3, 4), SIZE, "a mask has 2, 3 or 4 dimensions", found=str(mask), tensor="mask")
 
 
 def _check_norm_compress(mask: Desc, chip: str) -> None:
     dims, expected = (4, (1, 8, 128, 16)) if mask.format == "nz" else (2, (128, 128))
-    require(len(mask.shape) == dims, "ERROR_INVALID_TENSOR_SIZE", f"the compressed mask has {dims} dimensions",
+    require(len(mask.shape) == dims, SIZE, f"the compressed mask has {dims} dimensions",
             found=str(mask), expected=str(list(expected)), tensor="mask")  # fmt: skip
     if mask.shape == (1, 128, 2048, 16):
         require_param(not is_910b(chip), "the long compressed mask [1, 128, 2048, 16] is for 310P only",
                       found=str(mask), expected="[128, 128]", tensor="mask")  # fmt: skip
         return
-    require(mask.shape == expected, "ERROR_INVALID_TENSOR_DIM", "shape of the compressed mask",
+    require(mask.shape == expected, DIM, "shape of the compressed mask",
             found=str(mask), expected=str(list(expected)), tensor="mask")  # fmt: skip
 
 
 def _check_alibi_compress(param: Param, mask: Desc, chip: str) -> None:
     if not is_910b(chip):
-        require(len(mask.shape) == 4, "ERROR_INVALID_TENSOR_SIZE", "the compressed alibi mask is NZ with 4 dimensions",
+        require(len(mask.shape) == 4, SIZE, "the compressed alibi mask is NZ with 4 dimensions",
                 found=str(mask), expected="[1, 16, 256, 16] or [N, 8, S, 16]", tensor="mask")  # fmt: skip
-        require(mask.shape[3] == 16, "ERROR_INVALID_TENSOR_DIM", "last dimension of the NZ alibi mask",
+        require(mask.shape[3] == 16, DIM, "last dimension of the NZ alibi mask",
                 found=str(mask), expected="16", tensor="mask")  # fmt: skip
         return
     require_param(
@@ -509,14 +520,13 @@ def _check_alibi_compress(param: Param, mask: Desc, chip: str) -> None:
         "a float16 compressed alibi mask needs KERNELTYPE_HIGH_PRECISION",
     )
     dims = len(mask.shape)
-    require(dims in (2, 3), "ERROR_INVALID_TENSOR_SIZE", "the compressed alibi mask has 2 or 3 dimensions",
-            found=str(mask), tensor="mask")  # fmt: skip
+    require(dims in (2, 3), SIZE, "the compressed alibi mask has 2 or 3 dimensions", found=str(mask), tensor="mask")
     require(
         mask.shape == (256, 256) or (
             dims == 3 and param.maskType != ALIBI_COMPRESS_LEFT_ALIGN
             and (mask.shape[0] == param.headNum or mask.shape[2] == 128)
         ),
-        "ERROR_INVALID_TENSOR_DIM", "shape of the compressed alibi mask",
+        DIM, "shape of the compressed alibi mask",
         found=str(mask), expected=f"[256, 256] or [{param.headNum}, S, 128]", tensor="mask",
     )  # fmt: skip
 
@@ -527,89 +537,83 @@ def _check_prefix_shapes(param: Param, named: dict[str, Desc]) -> None:
         "query": (2, 3), "keyCache": (3, 4), "valueCache": (len(key.shape),), "blockTables": (2,), "seqLen": (1,),
         "kvSeqLen": (1,), "slopes": (1,),
     }  # fmt: skip
-    _require_dim_nums(named, dim_nums)
+    require_dim_nums(named, dim_nums)
     if "mask" in named:
         _check_prefill_mask(param, named["mask"], named["seqLen"], "Ascend910B")
     k_size = key.shape[-1] // (kv_heads(param) if len(key.shape) == 3 else 1)
     q_size = query.shape[-1] // (param.headNum if len(query.shape) == 2 else 1)
     for size, what in ((k_size, "key"), (q_size, "query")):
         _require_head_size(size, 128)
-        require(size % 16 == 0, "ERROR_INVALID_TENSOR_DIM", f"head size of {what} must be a multiple of 16",
-                found=str(size))  # fmt: skip
-    require(key.shape[1] * k_size <= 128 * 128, "ERROR_INVALID_TENSOR_DIM", "block size times head size",
+        require(size % 16 == 0, DIM, f"head size of {what} must be a multiple of 16", found=str(size))
+    require(key.shape[1] * k_size <= 128 * 128, DIM, "block size times head size",
             found=str(key.shape[1] * k_size), expected="at most 16384", tensor="keyCache")  # fmt: skip
     batches = {name: named[name].shape[0] for name in ("blockTables", "seqLen", "kvSeqLen")}
-    require(len(set(batches.values())) == 1, "ERROR_INVALID_TENSOR_DIM", "batch sizes differ", found=str(batches))
-
-
-def _require_dim_nums(named: dict[str, Desc], legal: dict[str, tuple[int, ...]]) -> None:
-    for name, counts in legal.items():
-        if name in named:
-            require(len(named[name].shape) in counts, "ERROR_INVALID_TENSOR_DIM_NUM", "number of dimensions",
-                    found=str(named[name]), expected=" or ".join(map(str, counts)), tensor=name)  # fmt: skip
+    require(len(set(batches.values())) == 1, DIM, "batch sizes differ", found=str(batches))
 
 
 def _check_flash(param: Param, named: dict[str, Desc], chip: str) -> None:
     cache_dims = 5 if not is_910b(chip) else 3 if param.batchRunStatusEnable else 4
-    _require_dim_nums(named, dict.fromkeys(("query", "key", "value"), (2, 4)))
-    _require_dim_nums(named, {"cacheK": (cache_dims,), "cacheV": (cache_dims,)})
+    require_dim_nums(named, dict.fromkeys(("query", "key", "value"), (2, 4)))
+    require_dim_nums(named, {"cacheK": (cache_dims,), "cacheV": (cache_dims,)})
     if "mask" in named and is_910b(chip):
-        require(len(named["mask"].shape) in (2, 3, 4), "ERROR_INVALID_TENSOR_SIZE", "a mask has 2, 3 or 4 dimensions",
+        require(len(named["mask"].shape) in (2, 3, 4), SIZE, "a mask has 2, 3 or 4 dimensions",
                 found=str(named["mask"]), tensor="mask")  # fmt: skip
-    _require_dim_nums(named, dict.fromkeys(("tokenOffset", "seqLen", "layerId", "batchRunStatus"), (1,)))
+    require_dim_nums(named, dict.fromkeys(("tokenOffset", "seqLen", "layerId", "batchRunStatus"), (1,)))
     key, value = named["cacheK"].shape, named["cacheV"].shape
     for name, cache in (("key", key), ("value", value)):
         if name in named:
             dims = named[name].shape
             hidden = dims[2] * dims[3] if len(dims) == 4 else dims[1]
             cached = cache[-1] if is_910b(chip) else cache[2] * cache[4]
-            require(hidden == cached, "ERROR_INVALID_TENSOR_DIM", f"hidden size of {name} and its cache differ",
+            require(hidden == cached, DIM, f"hidden size of {name} and its cache differ",
                     found=str(hidden), expected=str(cached), tensor=name)  # fmt: skip
-            require(hidden % 16 == 0, "ERROR_INVALID_TENSOR_DIM", f"hidden size of {name} must be a multiple of 16",
-                    found=str(hidden), tensor=name)  # fmt: skip
+            require(
+                hidden % 16 == 0, DIM, f"hidden size of {name} must be a multiple of 16", found=str(hidden), tensor=name
+            )
     equal = key[:-1] == value[:-1] if is_910b(chip) else key == value
-    require(equal, "ERROR_INVALID_TENSOR_DIM", "the caches differ", found=str(value), expected=str(key))
+    require(equal, DIM, "the caches differ", found=str(value), expected=str(key))
     _require_batch(named, key[0 if param.batchRunStatusEnable else 1])
 
 
 def _require_batch(named: dict[str, Desc], batch: int) -> None:
     for name in ("tokenOffset", "seqLen", "batchRunStatus"):
         if name in named:
-            require(named[name].shape[0] == batch, "ERROR_INVALID_TENSOR_DIM", "batch sizes differ",
+            require(named[name].shape[0] == batch, DIM, "batch sizes differ",
                     found=str(named[name]), expected=f"[{batch}]", tensor=name)  # fmt: skip
 
 
 def _check_bnsd_prefill(param: Param, named: dict[str, Desc]) -> None:
     query, key, value, lengths = (named[name] for name in ("query", "key", "value", "seqLen"))
-    _require_dim_nums(named, {"query": (4,), "key": (4,), "seqLen": (1, 2)})
-    require(key == value, "ERROR_INVALID_TENSOR_DIM", "key and value descs differ", found=str(value), expected=str(key))
-    require(len(lengths.shape) == 1 or lengths.shape[0] == 2, "ERROR_INVALID_TENSOR_DIM", "seqLen is [B] or [2, B]",
+    require_dim_nums(named, {"query": (4,), "key": (4,), "seqLen": (1, 2)})
+    require(key == value, DIM, "key and value descs differ", found=str(value), expected=str(key))
+    require(len(lengths.shape) == 1 or lengths.shape[0] == 2, DIM, "seqLen is [B] or [2, B]",
             found=str(lengths), tensor="seqLen")  # fmt: skip
     batch = lengths.shape[-1]
     expected_key = (batch, kv_heads(param), key.shape[2], query.shape[3])
-    require(query.shape[:2] == (batch, param.headNum), "ERROR_INVALID_TENSOR_DIM", "query is [B, N, S, D]",
+    require(query.shape[:2] == (batch, param.headNum), DIM, "query is [B, N, S, D]",
             found=str(query), expected=f"[{batch}, {param.headNum}, S, D]", tensor="query")  # fmt: skip
-    require(key.shape == expected_key, "ERROR_INVALID_TENSOR_DIM", "key is [B, Nk, S, D]",
+    require(key.shape == expected_key, DIM, "key is [B, Nk, S, D]",
             found=str(key), expected=str(list(expected_key)), tensor="key")  # fmt: skip
     _require_head_size(query.shape[3], MAX_HEAD_EQUAL)
 
 
 def _check_bnsd_flash(param: Param, named: dict[str, Desc], chip: str) -> None:
     query, key = named["query"], named["cacheK"]
-    _require_dim_nums(named, {"query": (4,), "cacheK": (5,), "cacheV": (5,)})
+    require_dim_nums(named, {"query": (4,), "cacheK": (5,), "cacheV": (5,)})
     if "mask" in named and is_910b(chip):
-        _require_dim_nums(named, {"mask": (2, 3, 4)})
-    _require_dim_nums(named, dict.fromkeys(("tokenOffset", "seqLen", "layerId", "batchRunStatus"), (1,)))
-    require(key == named["cacheV"], "ERROR_INVALID_TENSOR_DIM", "the caches differ",
-            found=str(named["cacheV"]), expected=str(key), tensor="cacheV")  # fmt: skip
+        require_dim_nums(named, {"mask": (2, 3, 4)})
+    require_dim_nums(named, dict.fromkeys(("tokenOffset", "seqLen", "layerId", "batchRunStatus"), (1,)))
+    require(
+        key == named["cacheV"], DIM, "the caches differ", found=str(named["cacheV"]), expected=str(key), tensor="cacheV"
+    )
     batch, heads, _, size = query.shape
     layers, _, _, positions, _ = key.shape
     expected = (layers, batch, kv_heads(param), positions, size)
     if not is_910b(chip):
         expected = (layers, batch * kv_heads(param), size // 16, positions, 16)
-    require(key.shape == expected, "ERROR_INVALID_TENSOR_DIM", "cache and query do not fit",
+    require(key.shape == expected, DIM, "cache and query do not fit",
             found=str(key), expected=str(list(expected)), tensor="cacheK")  # fmt: skip
-    require(heads == param.headNum, "ERROR_INVALID_TENSOR_DIM", "query is [B, N, S, D]",
+    require(heads == param.headNum, DIM, "query is [B, N, S, D]",
             found=str(query), expected=f"N = {param.headNum}", tensor="query")  # fmt: skip
     _require_head_size(size, MAX_HEAD_EQUAL)
     _require_batch(named, batch)
@@ -639,8 +643,9 @@ def late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> 
 def _late_310p(param: Param, named: dict[str, Desc], mask: Desc | None) -> None:
     if paged(param):
         query = named["query"]
-        require_param(len(query.shape) in (3, 4), "on 310P PA_ENCODER takes [T, N, D] (or BNSD)", found=str(query),
-                      tensor="query")  # fmt: skip
+        require_param(
+            len(query.shape) in (3, 4), "on 310P PA_ENCODER takes [T, N, D] (or BNSD)", found=str(query), tensor="query"
+        )
         if mask is not None and param.kernelType != EXP_M8V2:
             flat = mask.format == "nd" and len(mask.shape) == 2
             require_param(not flat, "on 310P a mask is NZ or [1 or B, S, S]", found=str(mask), tensor="mask")
@@ -650,8 +655,9 @@ def _late_310p(param: Param, named: dict[str, Desc], mask: Desc | None) -> None:
     elif mask is not None and mask.format == "nd" and param.inputLayout == BSND:
         require(param.maskType == ALIBI, "ERROR_OUT_OF_HOST_MEMORY", "on 310P the mask must be NZ",
                 found=str(mask), tensor="mask")  # fmt: skip
-        require_param(len(mask.shape) == 4, "on 310P an ND alibi mask must be [B, N, S, S]", found=str(mask),
-                      tensor="mask")  # fmt: skip
+        require_param(
+            len(mask.shape) == 4, "on 310P an ND alibi mask must be [B, N, S, S]", found=str(mask), tensor="mask"
+        )
 
 
 def host(param: Param, chip: str) -> frozenset[int]:

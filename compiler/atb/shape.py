@@ -15,10 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from llmc.compiler.atb.core import MAX_DIM, AtbOp, Desc, Field, Param, Row, require, require_param
+from llmc.compiler.atb.core import DIM, DIM_NUM, MAX_DIM, SIZE, AtbOp, Desc, Field, Param, Row, require, require_param
 
-DIM = "ERROR_INVALID_TENSOR_DIM"
-DIM_NUM = "ERROR_INVALID_TENSOR_DIM_NUM"
 INT64_MAX = 2**63 - 1
 
 # Elements in the last dim of a FRACTAL_NZ block: 32 bytes (atb-operations.md 1.7).
@@ -44,8 +42,9 @@ def require_output(out: Desc, expected: Sequence[int], *, index: int = 0, rank_c
     found, wanted = str(out), str(list(expected))
     require(len(out.shape) == len(expected), rank_code, "rank of the output", found=found, expected=wanted,
             tensor=f"output {index}")  # fmt: skip
-    require(out.shape == tuple(expected), DIM, "shape of the output", found=found, expected=wanted,
-            tensor=f"output {index}")  # fmt: skip
+    require(
+        out.shape == tuple(expected), DIM, "shape of the output", found=found, expected=wanted, tensor=f"output {index}"
+    )
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -115,8 +114,9 @@ def split_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     dim = param.splitDim + len(shape) if param.splitDim < 0 else param.splitDim
     require_param(0 <= dim < len(shape), "splitDim", found=str(param.splitDim), expected=f"a dim of {ins[0]}")
     if sizes:
-        require_param(param.splitDim >= 0, "splitDim must not be negative when splitSizes are given",
-                      found=str(param.splitDim))  # fmt: skip
+        require_param(
+            param.splitDim >= 0, "splitDim must not be negative when splitSizes are given", found=str(param.splitDim)
+        )
         require_param(len(sizes) == param.splitNum, "number of splitSizes",
                       found=str(len(sizes)), expected=f"splitNum, {param.splitNum}")  # fmt: skip
         require_param(min(sizes) >= 1, "splitSizes must be positive", found=str(sizes))
@@ -347,8 +347,9 @@ CUMSUM = AtbOp(
 def softmax_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     axes, rank = list(param.axes), len(ins[0].shape)
     consecutive = all(b == a + 1 and b != 0 for a, b in pairwise(axes))
-    require_param(bool(axes) and consecutive, "axes must be consecutive and ascending; -1 stands alone",
-                  found=str(axes))  # fmt: skip
+    require_param(
+        bool(axes) and consecutive, "axes must be consecutive and ascending; -1 stands alone", found=str(axes)
+    )
     require_param(all(-1 <= axis < rank for axis in axes), "axes", found=str(axes), expected=f"-1 to {rank - 1}")
     return [ins[0]]
 
@@ -379,7 +380,7 @@ def as_strided_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]
 
 
 def as_strided_late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> None:
-    require_output(outs[0], param.size, rank_code="ERROR_INVALID_TENSOR_SIZE")
+    require_output(outs[0], param.size, rank_code=SIZE)
 
 
 AS_STRIDED = AtbOp(
