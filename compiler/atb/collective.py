@@ -29,6 +29,7 @@ from llmc.compiler.atb.core import (
     Row,
     require,
     require_param,
+    struct,
 )
 from llmc.compiler.atb.shape import arity, require_output, same_dtype
 
@@ -549,22 +550,16 @@ LINEAR_PARALLEL = AtbOp(
         Field(name="quantGroupSize", kind="int", default=0),
         Field(name="outDataType", kind="dtype", default=-1),
         DOMAIN,
-        Field(
-            name="twoDimTPInfo",
-            kind="struct",
-            struct="TwoDimTPInfo",
+        struct(
+            "twoDimTPInfo",
+            Field(name="agDim", kind="uint", default=0),
+            Field(name="rsDim", kind="uint", default=0),
+            Field(name="innerDimIsAg", kind="uint", default=1),
             python="two_dim_TP_info",
-            fields=(
-                Field(name="agDim", kind="uint", default=0),
-                Field(name="rsDim", kind="uint", default=0),
-                Field(name="innerDimIsAg", kind="uint", default=1),
-            ),
         ),
-        Field(
-            name="moeInfo",
-            kind="struct",
-            struct="MoeInfo",
-            fields=tuple(
+        struct(
+            "moeInfo",
+            *(
                 Field(name=name, kind="int", default=1, python=name, python_default=0)
                 for name in ("localExpertNums", "epSize", "tpSize")
             ),

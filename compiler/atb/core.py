@@ -157,7 +157,7 @@ class Field:
     kind: str
     default: Any = None
     fields: tuple[Field, ...] = ()
-    struct: str = ""  # torch_atb class name of a nested struct, e.g. "NormParam"
+    struct: str = ""  # torch_atb's class of a nested struct, e.g. "NormParam"
     python: str = ""
     python_default: Any = None
     bound: bool = True
@@ -165,6 +165,11 @@ class Field:
     @property
     def python_name(self) -> str:
         return self.python or snake_case(self.name)
+
+
+def struct(name: str, *fields: Field, python: str = "") -> Field:
+    """A nested struct. torch_atb's class is called like the field: normParam is a RmsNormParam.NormParam."""
+    return Field(name=name, kind="struct", struct=name[0].upper() + name[1:], fields=fields, python=python)
 
 
 def snake_case(name: str) -> str:

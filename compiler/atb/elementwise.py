@@ -19,7 +19,9 @@ from llmc.compiler.atb.core import (
     Row,
     require,
     require_param,
+    struct,
 )
+from llmc.compiler.atb.shape import broadcast
 
 ELEWISE_TYPES = {
     "ELEWISE_UNDEFINED": 0, "ELEWISE_CAST": 1, "ELEWISE_MULS": 2, "ELEWISE_COS": 3, "ELEWISE_SIN": 4, "ELEWISE_NEG": 5,
@@ -100,8 +102,9 @@ def elewise_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
         return [Desc(dtype="int8", shape=x.shape, format=x.format), scale]
     if kind in UNARY:
         return [x]
-    shape = broadcast(x, ins[1])
-    return [Desc(dtype="int8" if kind in COMPARISONS else x.dtype, shape=shape, format=x.format)]
+    shape = broadcast(x.shape, ins[1].shape)
+    require(shape is not None, DIM, "shapes do not broadcast", found=f"{x} and {ins[1]}", tensor="input 1")
+    return [Desc(dtype="int8" if kind in COMPARISONS else x.dtype, shape=shape or (), format=x.format)]
 
 
 def _cast_dtype(wanted: int, found: str) -> str:
@@ -113,37 +116,17 @@ def _cast_dtype(wanted: int, found: str) -> str:
     return dtype
 
 
-def broadcast(x: Desc, y: Desc) -> tuple[int, ...]:
-    """The numpy rule."""
-    rank = max(len(x.shape), len(y.shape))
-    pairs = zip((1,) * (rank - len(x.shape)) + x.shape, (1,) * (rank - len(y.shape)) + y.shape, strict=True)
-    shape = []
-    for a, b in pairs:
-        require(a == b or 1 in (a, b), DIM, "shapes do not broadcast", found=f"{x} and {y}", tensor="input 1")
-        shape.append(max(a, b))
-    return tuple(shape)
-
-
 ELEWISE = AtbOp(
     name="Elewise",
     fields=(
         Field(name="elewiseType", kind="ElewiseType", default=0),
-        Field(
-            name="quantParam",
-            kind="struct",
-            struct="QuantParam",
-            fields=(
-                Field(name="inputScale", kind="float", default=1.0),
-                Field(name="asymmetric", kind="bool", default=False),
-                Field(name="inputOffset", kind="int", default=0),
-            ),
+        struct(
+            "quantParam",
+            Field(name="inputScale", kind="float", default=1.0),
+            Field(name="asymmetric", kind="bool", default=False),
+            Field(name="inputOffset", kind="int", default=0),
         ),
-        Field(
-            name="mulsParam",
-            kind="struct",
-            struct="MulsParam",
-            fields=(Field(name="varAttr", kind="float", default=0.0),),
-        ),
+        struct("mulsParam", Field(name="varAttr", kind="float", default=0.0)),
         Field(name="outTensorType", kind="dtype", default=-1),
     ),
     enums={"ElewiseType": ELEWISE_TYPES},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmc.compiler.atb.core import DIM, DIM_NUM, SIZE, AtbOp, Desc, Field, Param, Row, require, require_param
+from llmc.compiler.atb.core import DIM, DIM_NUM, SIZE, AtbOp, Desc, Field, Param, Row, require, require_param, struct
 
 NORM, PRENORM, POSTNORM = 1, 2, 3  # layerType of both operations
 UNQUANT, INT8 = 0, 2  # quantType
@@ -180,39 +180,27 @@ def rms_late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str)
                 expected=str(ins[0]), tensor=f"output {index}")  # fmt: skip
 
 
-def _pre_or_post(name: str, struct: str) -> Field:
-    return Field(
-        name=name,
-        kind="struct",
-        struct=struct,
-        fields=(
-            Field(name="quantType", kind="QuantType", default=UNQUANT),
-            Field(name="epsilon", kind="float", default=1e-5),
-            Field(name="hasBias", kind="bool", default=False),
-        ),
-    )
-
+QUANT = Field(name="quantType", kind="QuantType", default=UNQUANT)
+EPSILON = Field(name="epsilon", kind="float", default=1e-5)
+DYNAMIC_QUANT = Field(name="dynamicQuantType", kind="DynamicQuantType", default=0)
+HAS_BIAS = Field(name="hasBias", kind="bool", default=False)
 
 RMS_NORM = AtbOp(
     name="RmsNorm",
     fields=(
         Field(name="layerType", kind="RmsNormType", default=0),
-        Field(
-            name="normParam",
-            kind="struct",
-            struct="NormParam",
-            fields=(
-                Field(name="quantType", kind="QuantType", default=UNQUANT),
-                Field(name="epsilon", kind="float", default=1e-5),
-                Field(name="layerNormEps", kind="float", default=1e-5),
-                Field(name="rstd", kind="bool", default=False),
-                Field(name="precisionMode", kind="PrecisionMode", default=0),
-                Field(name="modelType", kind="ModelType", default=0),
-                Field(name="dynamicQuantType", kind="DynamicQuantType", default=0),
-            ),
+        struct(
+            "normParam",
+            QUANT,
+            EPSILON,
+            Field(name="layerNormEps", kind="float", default=1e-5),
+            Field(name="rstd", kind="bool", default=False),
+            Field(name="precisionMode", kind="PrecisionMode", default=0),
+            Field(name="modelType", kind="ModelType", default=0),
+            DYNAMIC_QUANT,
         ),
-        _pre_or_post("preNormParam", "PreNormParam"),
-        _pre_or_post("postNormParam", "PostNormParam"),
+        struct("preNormParam", QUANT, EPSILON, HAS_BIAS),
+        struct("postNormParam", QUANT, EPSILON, HAS_BIAS),
     ),
     enums={
         "RmsNormType": {
@@ -313,38 +301,23 @@ def _layer_axis(x: Desc, gamma: Desc, axis: int) -> None:
                   tensor="input 1")  # fmt: skip
 
 
-def _layer_pre_or_post(name: str, struct: str) -> Field:
-    return Field(
-        name=name,
-        kind="struct",
-        struct=struct,
-        fields=(
-            Field(name="quantType", kind="QuantType", default=UNQUANT),
-            Field(name="epsilon", kind="float", default=1e-5),
-            Field(name="opMode", kind="uint", default=0),
-            Field(name="zoomScaleValue", kind="float", default=1.0),
-        ),
-    )
-
+OP_MODE = Field(name="opMode", kind="uint", default=0)
+ZOOM_SCALE = Field(name="zoomScaleValue", kind="float", default=1.0)
 
 LAYER_NORM = AtbOp(
     name="LayerNorm",
     fields=(
         Field(name="layerType", kind="LayerNormType", default=0),
-        Field(
-            name="normParam",
-            kind="struct",
-            struct="NormParam",
-            fields=(
-                Field(name="quantType", kind="QuantType", default=UNQUANT),
-                Field(name="epsilon", kind="float", default=1e-5),
-                Field(name="beginNormAxis", kind="int", default=0),
-                Field(name="beginParamsAxis", kind="int", default=0),
-                Field(name="dynamicQuantType", kind="DynamicQuantType", default=0),
-            ),
+        struct(
+            "normParam",
+            QUANT,
+            EPSILON,
+            Field(name="beginNormAxis", kind="int", default=0),
+            Field(name="beginParamsAxis", kind="int", default=0),
+            DYNAMIC_QUANT,
         ),
-        _layer_pre_or_post("preNormParam", "PreNormParam"),
-        _layer_pre_or_post("postNormParam", "PostNormParam"),
+        struct("preNormParam", QUANT, EPSILON, OP_MODE, ZOOM_SCALE),
+        struct("postNormParam", QUANT, EPSILON, OP_MODE, ZOOM_SCALE),
     ),
     enums={
         "LayerNormType": {

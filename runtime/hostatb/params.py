@@ -138,11 +138,7 @@ def _kind(f: Field, owner: str, enums: Mapping[str, type[IntEnum]], structs: Map
 
 def _struct(name: str, fields: Sequence[Field], op: AtbOp | None, enums: Mapping[str, type[IntEnum]]) -> type:
     owner = name.partition(".")[0]
-    structs = {
-        f.name: _struct(f"{owner}.{f.struct or f.name[0].upper() + f.name[1:]}", f.fields, None, enums)
-        for f in fields
-        if f.kind == "struct"
-    }
+    structs = {f.name: _struct(f"{owner}.{f.struct}", f.fields, None, enums) for f in fields if f.kind == "struct"}
     kinds = {f.python_name: k for f in fields if (k := _kind(f, owner, enums, structs))}
     inside: dict[str, Any] = {"_fields": tuple(fields), "_kinds": kinds, "_op": op, "__qualname__": name}
     inside.update({struct.__name__: struct for struct in structs.values()})
