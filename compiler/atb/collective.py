@@ -18,6 +18,8 @@ from collections.abc import Sequence
 
 from llmc.compiler.atb.core import (
     ACL_DTYPE,
+    ACL_FLOAT16,
+    ACL_UNDEFINED,
     DIM,
     DIM_NUM,
     MAX_DIM,
@@ -113,7 +115,6 @@ COLLECTIVE_ROWS = same_dtype("float16", "float32", "int8", "int16", "int32", "in
 
 PER_TENSOR, PER_CHANNEL = 1, 2
 MAX_CHANNELS = 1 << 22
-FLOAT16 = 1  # ACL_FLOAT16
 
 
 def all_reduce_check(param: Param, chip: str) -> None:
@@ -121,7 +122,7 @@ def all_reduce_check(param: Param, chip: str) -> None:
     if param.quantType:
         require_param(param.quantType in (PER_TENSOR, PER_CHANNEL), "quantType", found=str(param.quantType),
                       expected="0, 1 (per tensor) or 2 (per channel)")  # fmt: skip
-        require_param(param.backend == "lccl" and param.allReduceType == "sum" and param.outDataType == FLOAT16,
+        require_param(param.backend == "lccl" and param.allReduceType == "sum" and param.outDataType == ACL_FLOAT16,
                       "a quantised AllReduce is an lccl sum with outDataType ACL_FLOAT16",
                       found=f"{param.backend}, {param.allReduceType}, {param.outDataType}")  # fmt: skip
     require_param(not (param.backend == "lccl" and chip == "Ascend310P"), "Ascend310P has hccl only", found="lccl")
@@ -163,7 +164,7 @@ ALL_REDUCE = AtbOp(
         TABLE,
         DOMAIN,
         Field(name="quantType", kind="ReshapeAndCacheParam.QuantType", default=0),  # the binding registers it there
-        Field(name="outDataType", kind="dtype", default=-1),
+        Field(name="outDataType", kind="dtype", default=ACL_UNDEFINED),
     ),
     arity=lambda param: (3 if param.quantType else 1, 1),
     rows=lambda param, chip: (("int8", "float16", "float16", "float16"),) if param.quantType else COLLECTIVE_ROWS,
@@ -427,7 +428,7 @@ def _check_scale_dtype(param: Param, ins: Sequence[Desc], index: int) -> None:
         return
     require(index < len(ins), "ERROR_OUT_OF_HOST_MEMORY", "quantType is set, but this form has no scale",
             found=f"quantType {param.quantType}, {len(ins)} inputs", expected="quantType -1")  # fmt: skip
-    require(not (ins[index].dtype == "float32" and param.outDataType == FLOAT16), INI,
+    require(not (ins[index].dtype == "float32" and param.outDataType == ACL_FLOAT16), INI,
             "float32 scales do not give float16", found=str(ins[index]), expected="int64", tensor="scale")  # fmt: skip
 
 
@@ -477,7 +478,7 @@ def _check_two_dim(param: Param, ins: Sequence[Desc]) -> None:
 def _product(param: Param, ins: Sequence[Desc], kind: int) -> Desc:
     """x [m, k] or [b, m, k] -> [.., m, n], with the first dim changed as `kind` says."""
     x, n = ins[0], weight_dims(ins[1], param.transWeight)[1]
-    dtype = x.dtype if param.outDataType == -1 else ACL_DTYPE.get(param.outDataType, "undefined")
+    dtype = x.dtype if param.outDataType == ACL_UNDEFINED else ACL_DTYPE.get(param.outDataType, "undefined")
     shape = [*x.shape[:-1], n]
     if kind == LINEAR_REDUCE_SCATTER:
         cut = 1 if shape[0] == 1 else 0
@@ -506,7 +507,7 @@ def linear_parallel_late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc]
         )
     else:
         expected = _product(param, ins, param.type)
-        if param.type in (LINEAR_REDUCE_SCATTER, ALL_GATHER_LINEAR) and param.outDataType != -1:
+        if param.type in (LINEAR_REDUCE_SCATTER, ALL_GATHER_LINEAR) and param.outDataType != ACL_UNDEFINED:
             require(
                 outs[0].dtype == expected.dtype, INI, "dtype of the output", found=str(outs[0]), expected=expected.dtype
             )
@@ -548,7 +549,7 @@ LINEAR_PARALLEL = AtbOp(
         Field(name="keepIntermediate", kind="bool", default=False),
         Field(name="quantType", kind="QuantType", default=UNQUANT),
         Field(name="quantGroupSize", kind="int", default=0),
-        Field(name="outDataType", kind="dtype", default=-1),
+        Field(name="outDataType", kind="dtype", default=ACL_UNDEFINED),
         DOMAIN,
         struct(
             "twoDimTPInfo",

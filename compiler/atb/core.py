@@ -214,6 +214,7 @@ ACL_DTYPE = {
     -1: "undefined", 0: "float32", 1: "float16", 2: "int8", 3: "int32", 4: "uint8", 6: "int16", 7: "uint16",
     8: "uint32", 9: "int64", 10: "uint64", 11: "float64", 12: "bool", 27: "bfloat16",
 }  # fmt: skip
+ACL_UNDEFINED, ACL_FLOAT, ACL_FLOAT16, ACL_BF16 = -1, 0, 1, 27  # the numbers that rules name
 
 Row = tuple[str, ...]  # one legal combination, a word a tensor: "float16", or "int8:nz" for another format than nd
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from llmc.compiler.atb.core import (
     ACL_DTYPE,
+    ACL_UNDEFINED,
     DIM,
     DIM_NUM,
     DTYPE_BYTES,
@@ -108,7 +109,7 @@ def elewise_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
 
 
 def _cast_dtype(wanted: int, found: str) -> str:
-    if wanted == -1:
+    if wanted == ACL_UNDEFINED:
         return _F16 if found == _F32 else _F32
     dtype = ACL_DTYPE.get(wanted, str(wanted))
     allowed = (_F16, _F32, "int32", "int64", _BF16)
@@ -127,7 +128,7 @@ ELEWISE = AtbOp(
             Field(name="inputOffset", kind="int", default=0),
         ),
         struct("mulsParam", Field(name="varAttr", kind="float", default=0.0)),
-        Field(name="outTensorType", kind="dtype", default=-1),
+        Field(name="outTensorType", kind="dtype", default=ACL_UNDEFINED),
     ),
     enums={"ElewiseType": ELEWISE_TYPES},
     arity=lambda param: (elewise_inputs(param), 2 if param.elewiseType == DYNAMIC_QUANT else 1),

@@ -10,9 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmc.compiler.atb.core import ACL_DTYPE, DIM, DIM_NUM, AtbOp, Desc, Field, Param, Row, require, require_param
+from llmc.compiler.atb.core import (
+    ACL_BF16,
+    ACL_DTYPE,
+    ACL_FLOAT,
+    ACL_FLOAT16,
+    ACL_UNDEFINED,
+    DIM,
+    DIM_NUM,
+    AtbOp,
+    Desc,
+    Field,
+    Param,
+    Row,
+    require,
+    require_param,
+)
 
-UNDEFINED, FLOAT32, FLOAT16, BFLOAT16 = -1, 0, 1, 27  # outDataType; FLOAT32 on chip `host` only
 EIN_SUM = 1  # matmulType
 PER_TOKEN = 2  # quantMode
 
@@ -20,21 +34,21 @@ BLOCK_ROWS = 16  # NZ: dim 2 of a 4-D weight is a multiple of this, its last dim
 
 
 def linear_arity(param: Param) -> tuple[int, int]:
-    if param.outDataType == UNDEFINED:
+    if param.outDataType == ACL_UNDEFINED:
         return (3 if param.hasBias or param.enAccum else 2), 1
     return (4 if param.hasBias or param.quantMode == PER_TOKEN else 3), 1
 
 
 def linear_check(param: Param, chip: str) -> None:
     require_param(param.matmulType in (0, EIN_SUM), "matmulType does not exist", found=str(param.matmulType))
-    is_310p, quant = chip == "Ascend310P", param.outDataType != UNDEFINED
+    is_310p, quant = chip == "Ascend310P", param.outDataType != ACL_UNDEFINED
     if param.matmulType == EIN_SUM:
         for name in ("enAccum", "transposeA", "hasBias"):
             require_param(not getattr(param, name), f"MATMUL_EIN_SUM needs {name} = false")
         require_param(not quant, "MATMUL_EIN_SUM needs outDataType = ACL_DT_UNDEFINED")
         require_param(not is_310p, f"{chip} has no MATMUL_EIN_SUM")
         return
-    allowed = (UNDEFINED, FLOAT16, BFLOAT16, *((FLOAT32,) if chip == "host" else ()))
+    allowed = (ACL_UNDEFINED, ACL_FLOAT16, ACL_BF16, *((ACL_FLOAT,) if chip == "host" else ()))
     require_param(param.outDataType in allowed, "outDataType",
                   found=ACL_DTYPE.get(param.outDataType, str(param.outDataType)),
                   expected="undefined, float16 or bfloat16")  # fmt: skip
@@ -46,7 +60,7 @@ def linear_check(param: Param, chip: str) -> None:
     require_param(not param.enAccum, "enAccum needs outDataType = ACL_DT_UNDEFINED")
     require_param(not (param.quantMode == PER_TOKEN and param.hasBias), "PER_TOKEN and hasBias exclude each other")
     if is_310p:
-        require_param(param.outDataType == FLOAT16, f"{chip} has no bfloat16")
+        require_param(param.outDataType == ACL_FLOAT16, f"{chip} has no bfloat16")
         require_param(not param.transposeA, f"a quantised Linear on {chip} needs transposeA = false")
         require_param(param.transposeB, f"a quantised Linear on {chip} needs transposeB = true")
         require_param(param.hasBias, f"a quantised Linear on {chip} needs hasBias = true")
@@ -60,18 +74,18 @@ def _nd_nz(dtype: str, *rest: str) -> list[Row]:
 
 def linear_rows(param: Param, chip: str) -> Sequence[Row]:
     floats = ("float16",) if chip == "Ascend310P" else ("float16", "bfloat16")
-    if param.matmulType == EIN_SUM or (param.outDataType == UNDEFINED and not param.hasBias and not param.enAccum):
+    if param.matmulType == EIN_SUM or (param.outDataType == ACL_UNDEFINED and not param.hasBias and not param.enAccum):
         rows = [row for dtype in floats for row in _nd_nz(dtype, dtype)]
         return rows if param.matmulType == EIN_SUM or len(floats) == 1 else [*rows, ("float32",) * 3]
-    if param.outDataType == UNDEFINED and param.enAccum:
+    if param.outDataType == ACL_UNDEFINED and param.enAccum:
         return [(dtype, dtype, "float32", "float32") for dtype in floats]
-    if param.outDataType == UNDEFINED:
+    if param.outDataType == ACL_UNDEFINED:
         rows = [row for dtype in floats for row in _nd_nz(dtype, dtype, dtype)]
         return rows if len(floats) == 1 else [*rows, *((dtype, dtype, "float32", dtype) for dtype in floats)]
     if param.quantMode == PER_TOKEN:
         return [("int8", "int8", "float32", "float32", ACL_DTYPE[param.outDataType])]
     bias = ("int32",) if param.hasBias else ()
-    if param.outDataType != FLOAT16:
+    if param.outDataType != ACL_FLOAT16:
         return _nd_nz("int8", *bias, "float32", ACL_DTYPE[param.outDataType])
     return [row for scale in ("uint64", "int64") for row in _nd_nz("int8", *bias, scale, "float16")]
 
@@ -98,7 +112,7 @@ def input_sizes(x: Desc, param: Param) -> tuple[int, int, int]:
 
 def linear_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     x, weight = ins[:2]
-    quant = param.outDataType != UNDEFINED
+    quant = param.outDataType != ACL_UNDEFINED
     _check_ranks(x, weight, param)
     (xb, m, xk), (wb, wk, n) = input_sizes(x, param), weight_sizes(weight, param.transposeB)
     _check_batches(xb, wb, weight, param)
@@ -184,7 +198,7 @@ LINEAR = AtbOp(
         Field(name="transposeA", kind="bool", default=False),
         Field(name="transposeB", kind="bool", default=True),
         Field(name="hasBias", kind="bool", default=True),
-        Field(name="outDataType", kind="dtype", default=UNDEFINED),
+        Field(name="outDataType", kind="dtype", default=ACL_UNDEFINED),
         Field(name="enAccum", kind="bool", default=False),
         Field(name="matmulType", kind="MatmulType", default=0),
         Field(name="quantMode", kind="QuantMode", default=0),

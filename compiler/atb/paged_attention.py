@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from itertools import product
 
 from llmc.compiler.atb.core import (
+    ACL_BF16,
     ACL_DTYPE,
+    ACL_FLOAT16,
+    ACL_UNDEFINED,
     DIM,
     AtbOp,
     Desc,
@@ -27,12 +30,9 @@ from llmc.compiler.atb.core import (
     require_param,
 )
 from llmc.compiler.atb.self_attention import (
-    ACL_BF16,
-    ACL_FLOAT16,
     BNSD,
     BSND,
     DEQUANT_FUSION,
-    DTYPE_UNDEFINED,
     LOGN,
     QKV_OFFLINE,
     QKV_ONLINE,
@@ -324,7 +324,7 @@ PAGED_ATTENTION = AtbOp(
         Field(name="maskType", kind="MaskType", default=0),
         Field(name="batchRunStatusEnable", kind="bool", default=False),
         Field(name="quantType", kind="QuantType", default=0),
-        Field(name="outDataType", kind="dtype", default=DTYPE_UNDEFINED),
+        Field(name="outDataType", kind="dtype", default=ACL_UNDEFINED),
         Field(name="hasQuantOffset", kind="bool", default=False),
         Field(name="compressType", kind="CompressType", default=0),
         Field(name="calcType", kind="CalcType", default=0),

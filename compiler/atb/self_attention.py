@@ -15,7 +15,10 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 
 from llmc.compiler.atb.core import (
+    ACL_BF16,
     ACL_DTYPE,
+    ACL_FLOAT16,
+    ACL_UNDEFINED,
     DIM,
     DIM_NUM,
     SIZE,
@@ -45,8 +48,6 @@ K_CACHE_V_CACHE, K_BYPASS_V_BYPASS = range(2)
 TOR, LOGN = range(2)
 BSND, BNSD = range(2)
 UNQUANT, DEQUANT_FUSION, QKV_OFFLINE, QKV_ONLINE = range(4)
-
-DTYPE_UNDEFINED, ACL_FLOAT16, ACL_BF16 = -1, 1, 27
 
 # Head size limits (910B by the kernel that takes the case; 310P).
 MAX_HEAD, MAX_HEAD_EQUAL, MAX_HEAD_MIXED, MAX_HEAD_ALIBI = 576, 256, 1024, 128
@@ -237,7 +238,7 @@ def _check_chip(param: Param, chip: str) -> None:
 def _check_prefix(param: Param, chip: str) -> None:
     for holds, what in (
         (is_910b(chip), "Atlas 800I A2"),
-        (param.quantType == UNQUANT and param.outDataType == DTYPE_UNDEFINED, "no quantisation and no outDataType"),
+        (param.quantType == UNQUANT and param.outDataType == ACL_UNDEFINED, "no quantisation and no outDataType"),
         (abs(param.qScale - 1.0) < 1e-6, "qScale 1"),
         (not param.batchRunStatusEnable, "no dynamic batch"),
         (param.isTriuMask == 1, "isTriuMask 1"),
@@ -259,7 +260,7 @@ def _check_exp_m8v2(param: Param, chip: str) -> None:
     for holds, what in (
         (not is_910b(chip), "310P"),
         (param.calcType == PA_ENCODER, "calcType PA_ENCODER"),
-        (param.quantType == UNQUANT and param.outDataType == DTYPE_UNDEFINED, "no quantisation and no outDataType"),
+        (param.quantType == UNQUANT and param.outDataType == ACL_UNDEFINED, "no quantisation and no outDataType"),
         (param.qScale == 1, "qScale 1"),
         (not param.batchRunStatusEnable, "no dynamic batch"),
         (param.isTriuMask == 0, "isTriuMask 0"),
@@ -707,7 +708,7 @@ SELF_ATTENTION = AtbOp(
     name="SelfAttention",
     fields=(
         Field(name="quantType", kind="QuantType", default=0),
-        Field(name="outDataType", kind="dtype", default=DTYPE_UNDEFINED),
+        Field(name="outDataType", kind="dtype", default=ACL_UNDEFINED),
         Field(name="headNum", kind="int", default=0),
         Field(name="kvHeadNum", kind="int", default=0),
         Field(name="qScale", kind="float", default=1.0),

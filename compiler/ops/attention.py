@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from llmc.compiler.atb.self_attention import DECODER, ENCODER, NORM_COMPRESS, PA_ENCODER
 from llmc.compiler.ir import Node, TensorType
 from llmc.compiler.ops.core import Attr, NoRule, Op, same_dtype
 
 if TYPE_CHECKING:
     from llmc.compiler.passes.lower import Lowering
 
-ENCODER, DECODER, PA_ENCODER = 1, 2, 3  # SelfAttentionParam.calcType
-NORM_COMPRESS = 3  # SelfAttentionParam.maskType: one [128, 128] triangle for any length
 BLOCK_SIZE = 128  # positions in a cache block
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from llmc.compiler.atb.core import ACL_BF16, ACL_FLOAT, ACL_FLOAT16
+from llmc.compiler.atb.elementwise import ADD, CAST, MUL, SWIGLU_FORWARD, SWISH
 from llmc.compiler.ir import Node, TensorType
 from llmc.compiler.ops.core import Attr, NoRule, Op, same_dtype
 
 if TYPE_CHECKING:
     from llmc.compiler.passes.lower import Lowering
 
-ADD, MUL, CAST = 8, 9, 1  # ElewiseParam.elewiseType
-SWISH, SWIGLU_FORWARD = 4, 6  # ActivationParam.activationType
-ACL = {"float32": 0, "float16": 1, "bfloat16": 27}  # aclDataType
+CASTS = {"float32": ACL_FLOAT, "float16": ACL_FLOAT16, "bfloat16": ACL_BF16}
 
 
 def binary_shape(node: Node, types: Sequence[TensorType]) -> list[TensorType]:
@@ -60,7 +60,7 @@ def cast_shape(node: Node, types: Sequence[TensorType]) -> list[TensorType]:
 
 
 def cast_lower(node: Node, low: Lowering) -> None:
-    param = {"elewiseType": CAST, "outTensorType": ACL[node.attrs["to"]]}
+    param = {"elewiseType": CAST, "outTensorType": CASTS[node.attrs["to"]]}
     low.emit(node, "Elewise", param, [low.read(node.inputs["x"])])
 
 
@@ -102,7 +102,7 @@ OPS = (
         name="cast",
         doc="Another dtype. Made by the dtype policy.",
         inputs=("x",),
-        attrs=(Attr(name="to", kind="choice", doc="target dtype", required=True, choices=tuple(ACL)),),
+        attrs=(Attr(name="to", kind="choice", doc="target dtype", required=True, choices=tuple(CASTS)),),
         shape=cast_shape,
         lower=cast_lower,
         authored=False,

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from llmc.compiler.atb.norm import NORM, PRENORM
 from llmc.compiler.ir import Node, TensorType
 from llmc.compiler.ops.core import Attr, NoRule, Op, WeightSlot, same_dtype
 
 if TYPE_CHECKING:
     from llmc.compiler.passes.lower import Lowering
-
-NORM, PRENORM = 1, 2  # RmsNormParam.layerType
 
 
 def rms_norm_shape(node: Node, types: Sequence[TensorType]) -> list[TensorType]:

@@ -59,6 +59,7 @@ class Lowering:
         return self._declare(f"{node.name}.{kind}", AtbTensor(dtype=self.graph.dtype, shape=shape, role="cache"))
 
     def causal_mask(self) -> Ref:
+        """The NORM_COMPRESS mask: one [128, 128] triangle for any length."""
         return self.constant("mask", (128, 128))
 
     def rope_tables(self, head_dim: int) -> tuple[Ref, Ref]:

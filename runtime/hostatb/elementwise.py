@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from llmc.compiler.atb import elementwise as table
-from llmc.compiler.atb.core import Desc, Param
+from llmc.compiler.atb.core import ACL_UNDEFINED, Desc, Param
 from llmc.runtime.hostatb.norm import quantise_rows, to_int8
 from llmc.runtime.hostatb.numeric import ACL_TORCH, FLOAT16_MAX, Kernel, round_to
 from torch import Tensor
@@ -58,7 +58,9 @@ def elewise(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip
 
 
 def _cast(x: Tensor, wanted: int, chip: str) -> Tensor:
-    dtype = ACL_TORCH[wanted] if wanted != -1 else torch.float16 if x.dtype == torch.float32 else torch.float32
+    dtype = (
+        ACL_TORCH[wanted] if wanted != ACL_UNDEFINED else torch.float16 if x.dtype == torch.float32 else torch.float32
+    )
     return round_to(x, dtype, chip).clone() if dtype == x.dtype else round_to(x, dtype, chip)
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from llmc.compiler.atb.core import AtbError, Desc, Param
-from llmc.compiler.atb.linear import EIN_SUM, PER_TOKEN, UNDEFINED
+from llmc.compiler.atb.core import ACL_UNDEFINED, AtbError, Desc, Param
+from llmc.compiler.atb.linear import EIN_SUM, PER_TOKEN
 from llmc.runtime.hostatb.numeric import ACL_TORCH, Kernel, nz_to_nd, round_to
 from torch import Tensor
 from torch.nn.functional import linear as dense
@@ -23,7 +23,7 @@ def linear(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip:
     x = x.transpose(-1, -2) if param.transposeA else x
     if weight.dim() == 3 and (x.dim() == 2 or weight.shape[0] == 1):
         weight = weight[0]
-    if param.outDataType != UNDEFINED:
+    if param.outDataType != ACL_UNDEFINED:
         return [_quantised(x, weight, param, tensors[2:], chip)]
     if param.enAccum:
         return [tensors[2] + _matmul(x.float(), weight.float(), chip)]

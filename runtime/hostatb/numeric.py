@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from llmc.compiler.atb.core import Desc, Param
+from llmc.compiler.atb.core import ACL_DTYPE, Desc, Param
 from torch import Tensor
 
 Kernel = Callable[[Param, Sequence[Tensor], Sequence[Desc], str], "list[Tensor]"]
@@ -37,10 +37,7 @@ TORCH_DTYPE: dict[str, torch.dtype] = {
     )
 }  # fmt: skip
 DTYPE_NAME = {dtype: name for name, dtype in TORCH_DTYPE.items()}
-ACL_TORCH = {
-    0: torch.float32, 1: torch.float16, 2: torch.int8, 3: torch.int32, 4: torch.uint8, 6: torch.int16,
-    9: torch.int64, 12: torch.bool, 27: torch.bfloat16,
-}  # fmt: skip
+ACL_TORCH = {number: TORCH_DTYPE[name] for number, name in ACL_DTYPE.items() if name in TORCH_DTYPE}
 FLOAT16_MAX = 65504.0
 
 

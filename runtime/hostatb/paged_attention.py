@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from llmc.compiler.atb.core import ACL_DTYPE, Desc, Param
+from llmc.compiler.atb.core import Desc, Param
 from llmc.compiler.atb.paged_attention import (
     ALIBI,
     MASK_FREE,
@@ -23,7 +23,7 @@ from llmc.compiler.atb.paged_attention import (
 from llmc.compiler.atb.self_attention import BNSD, DEQUANT_FUSION, is_910b, kv_heads
 from llmc.runtime.hostatb.attend import attend, attend_int8, decode
 from llmc.runtime.hostatb.masks import require_cover
-from llmc.runtime.hostatb.numeric import TORCH_DTYPE, nz_to_nd, round_to
+from llmc.runtime.hostatb.numeric import ACL_TORCH, nz_to_nd, round_to
 from llmc.runtime.hostatb.self_attention import refuse
 from torch import Tensor
 
@@ -119,7 +119,7 @@ def _general(
     steps = None
     if "pScale" in named:  # unlike in SelfAttention it multiplies P, and vDescale holds the way back
         steps = (named["pScale"], torch.ones_like(named["pScale"]))
-    dtype = TORCH_DTYPE[ACL_DTYPE[param.outDataType]] if qkv_quantised(param) else query.dtype
+    dtype = ACL_TORCH[param.outDataType] if qkv_quantised(param) else query.dtype
     v_size = param.mlaVHeadSize or _rows_nd(param, named["valueCache"], chip).shape[-1]
     out = query.new_zeros(query.shape[0], param.headNum, v_size, dtype=dtype)
     start = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from llmc.compiler.atb.core import ACL_DTYPE, AtbError, Desc, Param
+from llmc.compiler.atb.core import AtbError, Desc, Param
 from llmc.compiler.atb.self_attention import (
     ALIBI,
     BNSD,
@@ -34,7 +34,7 @@ from llmc.runtime.hostatb.masks import (
     tiled_bias,
     window_bias,
 )
-from llmc.runtime.hostatb.numeric import TORCH_DTYPE, nz_to_nd, round_to
+from llmc.runtime.hostatb.numeric import ACL_TORCH, nz_to_nd, round_to
 from torch import Tensor
 
 CACHE_TYPE_SWA = 1
@@ -130,7 +130,7 @@ def _paged(param: Param, named: Mapping[str, Tensor], masks: Masks, chip: str) -
     v = k[..., : param.mlaVHeadSize] if param.mlaVHeadSize else named["value"].view(kv_tokens, kv_heads(param), -1)
     log_n = named.get("logN")
     steps = (1 / named["pScale"], named["pScale"]) if "pScale" in named else None
-    dtype = TORCH_DTYPE[ACL_DTYPE[param.outDataType]] if quantised(param) else query.dtype
+    dtype = ACL_TORCH[param.outDataType] if quantised(param) else query.dtype
     out = query.new_empty(tokens, param.headNum, v.shape[-1], dtype=dtype)
     q_start = kv_start = 0
     for batch, (q_len, kv_len) in enumerate(zip(q_lens, kv_lens, strict=True)):
