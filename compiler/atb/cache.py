@@ -66,7 +66,7 @@ def shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     value, value_cache = named["value"].shape, named["valueCache"].shape
     require_dim(key[:2] == value[:2], "tokens and heads of key and value differ", named["value"], named["key"])
     if chip == "Ascend310P" or param.kvCacheCfg == K_CACHE_V_CACHE_NZ:
-        _check_nz(param, named, chip)
+        _check_nz(param, named)
     else:
         require_dim(
             key_cache[:2] == value_cache[:2], "blocks of the caches differ", named["valueCache"], named["keyCache"]
@@ -82,7 +82,7 @@ def shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     return [named["keyCache"], named["valueCache"]]
 
 
-def _check_nz(param: Param, named: Mapping[str, Desc], chip: str) -> None:
+def _check_nz(param: Param, named: Mapping[str, Desc]) -> None:
     """[blocks, Nk * D / n0, blockSize, n0]; n0 is 16, or on 910B 32 for an int8 key."""
     key, value = named["key"].shape, named["value"].shape
     key_cache, value_cache = named["keyCache"].shape, named["valueCache"].shape

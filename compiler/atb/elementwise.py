@@ -86,7 +86,7 @@ def elewise_rows(param: Param, chip: str) -> Sequence[Row]:
 def elewise_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     x, kind = ins[0], param.elewiseType
     if kind == CAST:
-        return [Desc(dtype=_cast_dtype(param.outTensorType, x.dtype), shape=x.shape, format=x.format)]
+        return [Desc(dtype=cast_dtype(param.outTensorType, x.dtype), shape=x.shape, format=x.format)]
     if kind == QUANT:
         require(x.shape[-1] % QUANT_MULTIPLE == 0, DIM, "last dimension of x", found=str(x),
                 expected=f"a multiple of {QUANT_MULTIPLE}", tensor="input 0")  # fmt: skip
@@ -108,7 +108,8 @@ def elewise_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     return [Desc(dtype="int8" if kind in COMPARISONS else x.dtype, shape=shape or (), format=x.format)]
 
 
-def _cast_dtype(wanted: int, found: str) -> str:
+def cast_dtype(wanted: int, found: str) -> str:
+    """dtype of a cast; where outTensorType is not said, float32 becomes float16 and everything else float32."""
     if wanted == ACL_UNDEFINED:
         return _F16 if found == _F32 else _F32
     dtype = ACL_DTYPE.get(wanted, str(wanted))

@@ -320,7 +320,7 @@ def _row_words(param: Param, chip: str) -> Iterable[tuple[str, dict[str, str]]]:
 def shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     """InferShape: the library's order of checks, then the output's desc."""
     named = dict(zip(inputs(param), ins, strict=True))
-    _check_cache_format(param, named, chip)
+    _check_cache_format(named, chip)
     _check_log_n(param, named, chip)
     _check_scales(param, named)
     if param.inputLayout == BNSD:
@@ -365,7 +365,7 @@ def _v_head_size(param: Param, ins: Sequence[Desc]) -> int:
     return value[-1] // kv_heads(param) if merged else value[-1]
 
 
-def _check_cache_format(param: Param, named: dict[str, Desc], chip: str) -> None:
+def _check_cache_format(named: dict[str, Desc], chip: str) -> None:
     wanted = "nd" if is_910b(chip) else "nz"
     for name in ("cacheK", "cacheV", "keyCache", "valueCache"):
         if name in named:

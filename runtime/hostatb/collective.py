@@ -195,8 +195,8 @@ def linear_parallel(param: Param, tensors: Sequence[Tensor], descs: Sequence[Des
     if kind == ALL_GATHER_LINEAR:
         x = gather_ranks(param, x).flatten(0, 1)
     if kind == ALL_GATHER_LINEAR_REDUCE_SCATTER:
-        return [_two_dim(param, named, descs, rank, chip)]
-    product = round_to(_product(param, x, named, descs), dtype, chip)
+        return [_two_dim(param, named, rank, chip)]
+    product = round_to(_product(param, x, named), dtype, chip)
     if kind in (LINEAR_ALL_REDUCE, LINEAR_REDUCE_SCATTER):
         total = reduce_ranks(gather_ranks(param, product), "sum")
         if kind == LINEAR_REDUCE_SCATTER:
@@ -212,7 +212,7 @@ def linear_parallel(param: Param, tensors: Sequence[Tensor], descs: Sequence[Des
     return [out, x.clone() if param.rankSize == 1 else x] if param.keepIntermediate else [out]
 
 
-def _two_dim(param: Param, named: dict[str, Tensor], descs: Sequence[Desc], rank: int, chip: str) -> Tensor:
+def _two_dim(param: Param, named: dict[str, Tensor], rank: int, chip: str) -> Tensor:
     """Ranks form a grid agDim x rsDim: x is gathered along one side of it, the products are summed along the other.
 
     innerDimIsAg: neighbouring ranks gather, rank = rs * agDim + ag; otherwise rank = ag * rsDim + rs."""
@@ -224,14 +224,14 @@ def _two_dim(param: Param, named: dict[str, Tensor], descs: Sequence[Desc], rank
     ag, rs = next(key for key, r in place.items() if r == rank)
     everyone = gather_ranks(param, x)
     x = everyone[[place[i, rs] for i in range(grid.agDim)]].flatten(0, 1)
-    products = gather_ranks(param, round_to(_product(param, x, named, descs), x.dtype, chip))
+    products = gather_ranks(param, round_to(_product(param, x, named), x.dtype, chip))
     total = reduce_ranks(products[[place[ag, j] for j in range(grid.rsDim)]], "sum").chunk(grid.rsDim)[rs]
     if "residual" in named:
         total = total + named["residual"].float()
     return round_to(total, x.dtype, chip).contiguous()
 
 
-def _product(param: Param, x: Tensor, named: dict[str, Tensor], descs: Sequence[Desc]) -> Tensor:
+def _product(param: Param, x: Tensor, named: dict[str, Tensor]) -> Tensor:
     """x [.., k] @ weight [k, n], summed in fp32."""
     weight = _plain_weight(named["weight"], param.transWeight)
     if not is_quant(param):  # one dtype; torch sums 16-bit products in fp32 and rounds once, as the caller would

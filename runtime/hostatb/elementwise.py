@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from llmc.compiler.atb import elementwise as table
-from llmc.compiler.atb.core import ACL_UNDEFINED, Desc, Param
+from llmc.compiler.atb.core import Desc, Param
 from llmc.runtime.hostatb.norm import quantise_rows, to_int8
-from llmc.runtime.hostatb.numeric import ACL_TORCH, FLOAT16_MAX, Kernel, round_to
+from llmc.runtime.hostatb.numeric import DTYPE_NAME, FLOAT16_MAX, TORCH_DTYPE, Kernel, round_to
 from torch import Tensor
 from torch.nn import functional
 
@@ -49,7 +49,7 @@ def elewise(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip
     if kind == table.CAST:
         return [_cast(x, param.outTensorType, chip)]
     if kind == table.QUANT:
-        return [_quant(x, param.quantParam, chip)]
+        return [_quant(x, param.quantParam)]
     if kind == table.QUANT_PER_CHANNEL:
         return [_quant_per_channel(x, tensors[1], tensors[2], chip)]
     if kind == table.DEQUANT_PER_CHANNEL:
@@ -58,13 +58,11 @@ def elewise(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip
 
 
 def _cast(x: Tensor, wanted: int, chip: str) -> Tensor:
-    dtype = (
-        ACL_TORCH[wanted] if wanted != ACL_UNDEFINED else torch.float16 if x.dtype == torch.float32 else torch.float32
-    )
+    dtype = TORCH_DTYPE[table.cast_dtype(wanted, DTYPE_NAME[x.dtype])]
     return round_to(x, dtype, chip).clone() if dtype == x.dtype else round_to(x, dtype, chip)
 
 
-def _quant(x: Tensor, quant: Param, chip: str) -> Tensor:
+def _quant(x: Tensor, quant: Param) -> Tensor:
     """Multiplies by inputScale, unlike every other quantising operation; in x's 16-bit dtype."""
     scale = torch.tensor(quant.inputScale, dtype=x.dtype, device=x.device)
     offset = torch.tensor(float(quant.inputOffset), dtype=x.dtype, device=x.device)
