@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -136,11 +137,10 @@ class Runner:
 def _prefill(requests: Sequence[Request]) -> dict[str, Any]:
     """All tokens of all sequences, one after the other, without padding."""
     lengths = [len(r) for r in requests]
-    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
     return {
         "token_ids": [t for r in requests for t in r.token_ids],
         "position_ids": [p for n in lengths for p in range(n)],
-        "last_rows": [end - 1 for end in ends],
+        "last_rows": [end - 1 for end in accumulate(lengths)],
         **_lengths(lengths, lengths),
     }
 
