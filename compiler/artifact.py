@@ -28,7 +28,7 @@ from llmc.compiler.ir import AtbGraph, AtbTensor, Weight
 from llmc.compiler.passes.segment import Segment
 from llmc.compiler.pipeline import Compiled
 
-FORMAT = 1  # of the manifest; raise when a reader of the old one would misunderstand the new one
+FORMAT = 2  # of the manifest; raise when a reader of the old one would misunderstand the new one
 MANIFEST = "manifest.json"
 
 
@@ -86,6 +86,7 @@ def make_manifest(compiled: Compiled) -> dict[str, Any]:
         "world_size": o.world_size,
         "sizes": dict(graph.sizes),
         "rope": dict(graph.rope),
+        "config": {key: {"is": rule.value, "or": rule.default} for key, rule in compiled.model.config.items()},
         "inputs": {n: {**_describe(t), "host": t.host} for n, t in roles["input"].items()},
         "constants": {n: _constant(n, t, compiled) for n, t in roles["constant"].items()},
         "caches": {n: _describe(t) for n, t in roles["cache"].items()},

@@ -50,13 +50,41 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def check_config(model: Model, config: Mapping[str, Any], config_path: str = "config.json") -> None:
     """DiagnosticError with every difference between the model and its checkpoint, naming both places."""
+    _refuse_quantised(config, config_path)
     found = list(differences(model.config, model.graph.rope, model.places, config, config_path))
     if found:
         raise DiagnosticError(found, model.sources)
 
 
+def check_artifact_config(manifest: Mapping[str, Any], config: Mapping[str, Any], config_path: str) -> None:
+    """UserError where an artifact was compiled for other settings than the checkpoint's: shapes alone do not tell a
+    LLaMA-7B from a LLaMA2-7B, whose norms differ in epsilon."""
+    here = Place(file="", line=0, column=0)
+    rules = {key: Rule(value=r["is"], default=r["or"], place=here) for key, r in manifest["config"].items()}
+    _refuse_quantised(config, config_path)
+    found = list(differences(rules, manifest["rope"], {}, config, config_path))
+    if found:
+        lines = [f"the artifact of {manifest['model']} does not fit {config_path}:"]
+        raise UserError(
+            "\n".join([*lines, *(f"  {d.message}" for d in found)]),
+            hint="compile this checkpoint's model, or give the weights that the artifact is for",
+            code="E502",
+        )
+
+
+def _refuse_quantised(config: Mapping[str, Any], config_path: str) -> None:
+    if settings := config.get("quantization_config"):
+        kind = settings.get("quant_method") if isinstance(settings, Mapping) else settings
+        raise UserError(
+            f"{config_path}: the weights are quantised ({_say(kind)}), and only float weights are offered yet",
+            hint="give the float checkpoint that they were made from",
+            code="E502",
+        )
+
+
 def choose_variant(config: Mapping[str, Any], config_path: str = "config.json") -> str:
     """The catalogue's model that agrees with a config.json, the first by name where several do."""
+    _refuse_quantised(config, config_path)
     found: dict[str, list[Diagnostic]] = {}
     for name in catalogue():
         model = Language(load(name))

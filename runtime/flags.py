@@ -67,8 +67,8 @@ RUN_FLAGS: tuple[Flag, ...] = (
     Flag("model_path", str, None, "checkpoint directory: config.json, safetensors, tokenizer", SEED),
     Flag("graph", str, None, "YAML of the variant, or its name (default: found from config.json)", OURS),
     Flag("artifact", str, None, "directory written by `llmc compile`; nothing is compiled then", OURS),
-    Flag("device", str, "host", "host (default) or atlas-800i-a2: what the code is compiled for", OURS),
-    Flag("torch_device", str, None, "where tensors live: cpu, cuda:0, npu:0 (default: the device's)", OURS),
+    Flag("device", str, None, "host (default) or atlas-800i-a2: what the code is compiled for", OURS),
+    Flag("torch_device", str, None, "where tensors live: cpu, cuda:N or npu:N (default: the device's)", OURS),
     Flag("dtype", str, None, "float16, bfloat16, on host also float32 (default: the checkpoint's)", OURS),
     Flag("is_bf16", None, False, "the same as --dtype bfloat16", SEED),
     Flag("attention", str, None, "paged (default) or flash", OURS),
@@ -101,7 +101,7 @@ RUN_FLAGS: tuple[Flag, ...] = (
         aliases=("input_texts",),
     ),
     Flag("input_ids", str, None, "one or more prompts as comma-separated token ids", PA, many=True),
-    Flag("input_file", str, None, "prompts: .jsonl or text lines; token ids: .csv or .npy", SEED),
+    Flag("input_file", str, None, "prompts or conversations: .jsonl; a question a line: text; ids: .csv or .npy", SEED),
     Flag("is_chat_model", None, False, "wrap the prompts in the chat template", PA, aliases=("chat",)),
     Flag("chat_template", str, None, "a Jinja file or the template itself, instead of the checkpoint's", PA),
     Flag("system", str, None, "system message for --chat", OURS),
@@ -214,7 +214,7 @@ def check_run_flags(args: argparse.Namespace) -> None:
     given = [name for name in ("input_text", "input_ids", "input_file") if getattr(args, name) is not None]
     if len(given) > 1:
         problems.append(f"{' and '.join(spellings(n)[0] for n in given)} cannot be used together")
-    if args.graph and args.artifact:
+    if args.graph is not None and args.artifact is not None:
         problems.append("--graph and --artifact cannot be used together: an artifact is compiled already")
     for chosen in (dtype_of, attention_of):
         try:

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import csv
 import json
+import re
 import sys
 import tempfile
 import time
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from llmc.compiler import artifact as artifacts
 from llmc.compiler.build import load_model
-from llmc.compiler.checkpoint import check_config, choose_variant, read_config
+from llmc.compiler.checkpoint import check_artifact_config, check_config, choose_variant, read_config
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.hardware import device as device_profile
 from llmc.compiler.pipeline import Options, compile_model
@@ -33,9 +34,11 @@ from llmc.runtime.flags import DEFAULT_QUESTION, attention_of, check_run_flags, 
 from llmc.runtime.runner import is_paged, make_caches, make_constants
 from llmc.runtime.sampling import SamplingParams
 from llmc.runtime.tokenizer import Tokenizer, load_tokenizer
-from llmc.runtime.weights import load_weights
+from llmc.runtime.weights import check_directory, load_weights
 
-Prompt = str | list[int]
+TORCH_DEVICE = re.compile(r"(?P<kind>cpu|cuda|npu)(?::(?P<index>[0-9]{1,3}))?")
+Message = dict[str, str]  # {"role": "user", "content": text}
+Prompt = str | list[int] | list[Message]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,11 +47,13 @@ def run(args: argparse.Namespace) -> int:
     params = SamplingParams(**sampling_of(args))
     if args.use_refactor is not None:
         note("--use-refactor is ignored: there is one code path")
+    check_directory(Path(args.model_path))
+    config = read_config(args.model_path)
     tokenizer = load_tokenizer(args.model_path) if args.load_tokenizer else None
     prompts = replicate(read_prompts(args), args.batch_size)
     ids = [encode(prompt, tokenizer, args) for prompt in prompts]
     with contextlib.ExitStack() as cleanup:
-        artifact = _artifact(args, cleanup)
+        artifact = _artifact(args, config, cleanup)
         start = time.perf_counter()
         engine = make_engine(args, artifact, tokenizer, ids, params)
         loading = time.perf_counter() - start
@@ -86,23 +91,21 @@ def read_prompts(args: argparse.Namespace) -> list[Prompt]:
 
 
 def read_input_file(path: Path) -> list[Prompt]:
-    """.csv and .npy: a row of token ids a prompt. .jsonl: an object or string a line. Else: a question a line."""
+    """.csv, .npy: a row of token ids a prompt. .jsonl: a prompt or a conversation a line. Else: a question a line."""
     prompts: list[Prompt] = []
+    kind = path.suffix.lower()
     try:
-        if path.suffix == ".npy":
-            import numpy
-
-            array = numpy.load(path, allow_pickle=False)
-            if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
-                raise UserError(f"{path} must hold one or two axes of whole numbers; found {array.dtype} {array.shape}")
-            return [list(map(int, row)) for row in array.reshape(-1, array.shape[-1])]
-        lines = path.read_text(encoding="utf-8").splitlines()
+        if kind == ".npy":
+            return _numpy_prompts(path)
+        # Only line feeds end a line: JSON texts may hold U+2028. A byte order mark is what Windows editors leave.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--input-file {path} cannot be read: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--input-file {path} cannot be read: {why}") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        match path.suffix:
+        match kind:
             case ".csv":
                 row = next(csv.reader([line]))
                 prompts.append(token_ids(",".join(cell for cell in row if cell.strip()), f"{path}:{number}"))
@@ -115,19 +118,40 @@ def read_input_file(path: Path) -> list[Prompt]:
     return prompts
 
 
+def _numpy_prompts(path: Path) -> list[Prompt]:
+    import numpy
+
+    array = numpy.load(path, allow_pickle=False)
+    if not isinstance(array, numpy.ndarray) or array.dtype.kind not in "iu" or array.ndim not in (1, 2):
+        found = f"{array.dtype} {list(array.shape)}" if isinstance(array, numpy.ndarray) else "several arrays"
+        raise UserError(f"--input-file {path} must hold one or two axes of whole numbers; found {found}")
+    if array.size == 0:
+        raise UserError(f"--input-file {path} holds no token ids: its shape is {list(array.shape)}")
+    return [row.tolist() for row in array.reshape(-1, array.shape[-1])]
+
+
 def _json_prompt(line: str, place: str) -> Prompt:
-    """A string, a list of token ids, or an object with prompt, text, question or content."""
+    """A string, token ids, a conversation, or an object with one of them as messages, prompt, text, ..."""
     try:
         value = json.loads(line)
     except ValueError as error:
         raise UserError(f"{place} is not JSON: {error}") from None
     if isinstance(value, dict):
-        value = next((value[key] for key in ("prompt", "text", "question", "content") if key in value), None)
+        value = next(
+            (value[key] for key in ("messages", "prompt", "text", "question", "content") if key in value), None
+        )
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and value and all(type(v) is int for v in value):
+    if isinstance(value, list) and value and (all(type(v) is int for v in value) or all(map(_is_message, value))):
         return value
-    raise UserError(f'{place} must be a text, token ids, or {{"prompt": text}}; found {line[:60]}')
+    raise UserError(
+        f'{place} must be a text, token ids, {{"prompt": text}}, or a conversation '
+        f'[{{"role": "user", "content": text}}, ...]; found {line[:60]}'
+    )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
 
 
 def token_ids(text: str, place: str) -> list[int]:
@@ -145,20 +169,27 @@ def replicate(prompts: list[Prompt], batch_size: int | None) -> list[Prompt]:
 
 
 def encode(prompt: Prompt, tokenizer: Tokenizer | None, args: argparse.Namespace) -> list[int]:
-    if isinstance(prompt, str):
+    """Token ids. A conversation always goes through the chat template, a text where the flags ask for it."""
+    ids = [token for token in prompt if isinstance(token, int)]
+    if isinstance(prompt, str) or not ids:
         if tokenizer is None:
             raise UserError("text needs a tokenizer", hint="--input-ids, or leave out --load-tokenizer False")
-        if args.is_chat_model or args.chat_template or args.system:
-            messages = [{"role": "system", "content": args.system}] if args.system else []
-            text = tokenizer.chat([*messages, {"role": "user", "content": prompt}], template=_template(args))
-            ids = tokenizer.encode(text, special=False)
-        else:
+        if isinstance(prompt, str) and not (args.is_chat_model or args.chat_template or args.system):
             ids = tokenizer.encode(prompt)
-    else:
-        ids = prompt
+        else:
+            text = tokenizer.chat(conversation(prompt, args.system), template=_template(args))
+            ids = tokenizer.encode(text, special=False)
     if args.max_input_length and len(ids) > args.max_input_length:
         note(f"a prompt of {len(ids)} tokens is cut to its first {args.max_input_length} (--max-input-length)")
     return ids[: args.max_input_length]
+
+
+def conversation(prompt: Any, system: str | None) -> list[Message]:
+    """The messages for the chat template; a system message of the prompt's own stays."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return messages
 
 
 def _template(args: argparse.Namespace) -> str | None:
@@ -168,24 +199,32 @@ def _template(args: argparse.Namespace) -> str | None:
         try:
             return Path(text).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise UserError(f"--chat-template {text} cannot be read: {error}") from None
+            why = error.strerror if isinstance(error, OSError) else error
+            raise UserError(f"--chat-template {text} cannot be read: {why}") from None
     return text
 
 
 # ---- artifact and engine
 
 
-def _artifact(args: argparse.Namespace, cleanup: contextlib.ExitStack) -> artifacts.Artifact:
+def _artifact(args: argparse.Namespace, config: Mapping[str, Any], cleanup: contextlib.ExitStack) -> artifacts.Artifact:
     """The artifact given, or one compiled now for the checkpoint into a directory that ends with the run."""
-    if args.artifact:
-        return _as_asked(args, artifacts.read(Path(args.artifact)))
-    config = read_config(args.model_path)
     config_path = str(Path(args.model_path) / "config.json")
-    graph = args.graph or choose_variant(config, config_path)
+    if args.artifact is not None:
+        artifact = _as_asked(args, artifacts.read(Path(args.artifact)))
+        check_artifact_config(artifact.manifest, config, config_path)
+        return artifact
+    graph = choose_variant(config, config_path) if args.graph is None else args.graph
     check_config(load_model(graph), config, config_path)
     stored = config.get("dtype") or config.get("torch_dtype")
-    options = Options(device=args.device, dtype=dtype_of(args) or stored, attention=attention_of(args))
-    target = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="llmc-"))) / "artifact"
+    options = Options(device=args.device or "host", dtype=dtype_of(args) or stored, attention=attention_of(args))
+    try:
+        target = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="llmc-"))) / "artifact"
+    except OSError as error:
+        raise UserError(
+            f"no temporary directory for the generated code: {error.strerror or error}",
+            hint="set TMPDIR to a place that can be written, or run what `llmc compile` wrote (--artifact)",
+        ) from None
     artifacts.write(compile_model(graph, options), target)
     return artifacts.read(target)
 
@@ -193,7 +232,7 @@ def _artifact(args: argparse.Namespace, cleanup: contextlib.ExitStack) -> artifa
 def _as_asked(args: argparse.Namespace, artifact: artifacts.Artifact) -> artifacts.Artifact:
     """An artifact is what it was compiled to be; flags that ask for something else are a mistake."""
     silent = (args.attention, args.is_flash_causal_lm, args.is_flash_model) == (None, None, None)
-    asked = {"dtype": dtype_of(args), "attention": None if silent else attention_of(args)}
+    asked = {"device": args.device, "dtype": dtype_of(args), "attention": None if silent else attention_of(args)}
     problems = [
         f"it was compiled for {key} {artifact.manifest[key]}, and {value} is asked for"
         for key, value in asked.items()
@@ -206,11 +245,16 @@ def _as_asked(args: argparse.Namespace, artifact: artifacts.Artifact) -> artifac
 
 def backend(manifest: Mapping[str, Any], wanted: str | None) -> tuple[ModuleType, torch.device]:
     """torch_atb where an NPU is asked for or there, else hostatb under the rules of the artifact's chip."""
-    on_npu = wanted.startswith("npu") if wanted else manifest["device"] != "host" and npu.available()
+    place = TORCH_DEVICE.fullmatch(wanted or "")
+    if wanted is not None and not place:
+        raise UserError(f"--torch-device {wanted}: expected cpu, cuda, cuda:N, npu or npu:N")
+    on_npu = place["kind"] == "npu" if place else manifest["device"] != "host" and npu.available()
+    if on_npu and manifest["device"] == "host":
+        raise UserError(f"--torch-device {wanted}: this code is for host", hint="--device atlas-800i-a2")
     if on_npu:
         profile = device_profile(manifest["device"]).environment
         atb = npu.load({**profile.get("common", {}), **profile.get(manifest["attention"], {})})
-        npu.set_device(int((wanted or "npu:0").partition(":")[2] or 0))
+        npu.set_device(int((place and place["index"]) or 0))
         return atb, npu.device()
     from llmc.runtime import hostatb
 
@@ -231,7 +275,12 @@ def make_engine(
 ) -> Engine:
     """Weights and caches in place. The cache holds the whole batch at its longest, unless --num-blocks says less."""
     manifest = artifact.manifest
-    limit = min(manifest["sizes"]["max_positions"], args.max_position_embeddings or manifest["sizes"]["max_positions"])
+    limit = manifest["sizes"]["max_positions"]
+    if args.max_position_embeddings and args.max_position_embeddings > limit:
+        note(f"--max-position-embeddings {args.max_position_embeddings}: the model has {limit}, which stays the limit")
+    limit = min(limit, args.max_position_embeddings or limit)
+    if max(map(len, prompts)) < limit < max(map(len, prompts)) + params.max_tokens:
+        note(f"answers end where a sequence has {limit} tokens in all, prompt included")
     longest = min(limit, max(map(len, prompts)) + params.max_tokens)
     max_batch = min(len(prompts), args.batch_size or len(prompts))
     needed = sorted((blocks_for(min(limit, len(p) + params.max_tokens), BLOCK_SIZE) for p in prompts), reverse=True)
@@ -277,7 +326,11 @@ def timing(outputs: Sequence[Output], engine: Engine) -> dict[str, float]:
 
 
 def shown(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else ",".join(map(str, prompt))
+    """Texts and token ids as they are typed; of a conversation the last message."""
+    if isinstance(prompt, str):
+        return prompt
+    last = prompt[-1]
+    return last["content"] if isinstance(last, dict) else ",".join(map(str, prompt))
 
 
 def print_answers(prompts: Sequence[Prompt], outputs: Sequence[Output], engine: Engine, *, streamed: bool) -> None:

@@ -119,10 +119,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     else:
         raise UserError(f"{path} holds neither tokenizer.json nor tokenizer.model", hint="--input-ids needs none")
     tokens = _special_tokens(path, config)
-    settings = [_json(path / name) for name in ("generation_config.json", "config.json")]
-    eos = {i for s in settings for i in _ids(s.get("eos_token_id"))}
+    settings = {file: _json(file) for file in (path / "generation_config.json", path / "config.json")}
+    eos = {i for file, s in settings.items() for i in _ids(s.get("eos_token_id"), file)}
     eos |= {i for i in [id_of(tokens["eos_token"])] if i is not None} if "eos_token" in tokens else set()
-    bos = [i for s in settings for i in _ids(s.get("bos_token_id"))]
+    bos = [i for file, s in settings.items() for i in _ids(s.get("bos_token_id"), file)]
     bos_id = id_of(tokens["bos_token"]) if "bos_token" in tokens else None
     return Tokenizer(
         encode=encode,
@@ -184,17 +184,27 @@ def _special_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 def _template(path: Path, config: Mapping[str, Any]) -> str | None:
     """A file of its own wins; a list of named templates gives the one called default."""
-    if (path / "chat_template.jinja").exists():
-        return (path / "chat_template.jinja").read_text(encoding="utf-8")
+    file = path / "chat_template.jinja"
+    if file.exists():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from None
     found = _json(path / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(found, list):
-        named = {entry["name"]: entry["template"] for entry in found}
-        return named.get("default") or next(iter(named.values()), None)
+        named = {e.get("name"): e.get("template") for e in found if isinstance(e, dict)}
+        found = named.get("default") or next(iter(named.values()), None)
+    if found is not None and not isinstance(found, str):
+        raise UserError(f"the chat_template of {path} must be text, or a list of named texts; found {str(found)[:60]}")
     return found
 
 
-def _ids(value: Any) -> list[int]:
-    return [value] if isinstance(value, int) else list(value or [])
+def _ids(value: Any, file: Path) -> list[int]:
+    """eos_token_id and bos_token_id: absent, a number, or a list of numbers."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(i) is not int for i in ids):
+        raise UserError(f"{file}: an end or start token must be an id or a list of ids; found {str(value)[:60]}")
+    return ids
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ LOG = logging.getLogger("llmc.weights")
 BUFFER_BYTES = 64 << 20  # one piece in flight; large reads, small beside any model
 MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors library itself
 SUGGESTIONS = 20  # nearest names are looked for this often: each costs a pass over all names
+UNFINISHED = ".llmc-convert.json"  # `llmc convert` removes it as its last step
 BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")  # saved by old transformers, not weights
 
 # Names in safetensors headers -> torch
@@ -173,10 +174,7 @@ def read_headers(model_path: Path) -> dict[str, Stored]:
 
 def weight_files(model_path: Path) -> list[Path]:
     """The index's files, else model.safetensors, else every *.safetensors of the directory."""
-    if not model_path.is_dir():
-        raise UserError(
-            f"{model_path} is not a directory", hint="--model-path: the checkpoint's directory", code="E503"
-        )
+    check_directory(model_path)
     index = model_path / "model.safetensors.index.json"
     if index.exists():
         return _indexed(index)
@@ -195,12 +193,33 @@ def weight_files(model_path: Path) -> list[Path]:
     raise UserError(f"{model_path} holds no weights (*.safetensors)", code="E503")
 
 
+def check_directory(model_path: Path) -> None:
+    """A directory in which no conversion is under way or was interrupted: half of its weights may be the old ones."""
+    if not model_path.is_dir():
+        raise UserError(
+            f"{model_path} is not a directory" if model_path.exists() else f"{model_path} does not exist",
+            hint="--model-path: the checkpoint's directory",
+            code="E503",
+        )
+    if (model_path / UNFINISHED).exists():
+        raise UserError(
+            f"{model_path} holds an unfinished conversion ({UNFINISHED})",
+            hint="repeat the `llmc convert` command, which continues it",
+            code="E503",
+        )
+
+
 def _indexed(index: Path) -> list[Path]:
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        files = [index.parent / name for name in sorted(set(names))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} cannot be read: {type(error).__name__}: {error}", code="E503") from None
+        why = error if isinstance(error, (OSError, ValueError)) else "it has no weight_map of names"
+        raise UserError(f"{index} cannot be read: {why}", code="E503") from None
+    # A file elsewhere is never what a download wrote.
+    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if strange:
+        raise UserError(f"{index}: {strange[0]!r} is not the name of a file beside it", code="E503")
+    files = [index.parent / name for name in sorted(set(names))]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import numpy
@@ -133,6 +134,10 @@ def test_a_small_cache_and_bfloat16_work(checkpoint, capsys):
         (["--dtype", "float8"], "float8"),
         (["--device", "gpu"], "gpu"),
         (["--torch-device", "nonsense"], "--torch-device nonsense"),
+        (["--torch-device", "meta"], "--torch-device meta"),
+        (["--torch-device", "npu"], "this code is for host"),
+        (["--device", "atlas-300i-duo"], "does not compile for atlas-300i-duo yet"),
+        (["--artifact", "", "--graph", ""], "cannot be used together"),
     ],
 )
 def test_a_mistake_is_one_message_on_stderr_and_code_1(checkpoint, capsys, words, message):
@@ -167,11 +172,117 @@ def test_an_artifact_is_run_as_it_was_compiled(checkpoint, capsys, tmp_path):
     assert "compiled for dtype float32, and bfloat16 is asked for" in said
     assert main([*words[:3], "--artifact", "nowhere"]) == 1
     assert "nowhere is not a directory" in capsys.readouterr().err
+    assert main([*words[:-1], "--device", "atlas-800i-a2"]) == 1
+    assert "compiled for device host, and atlas-800i-a2 is asked for" in capsys.readouterr().err
 
 
-def test_a_path_that_is_no_checkpoint(capsys, tmp_path):
-    assert main(["run", "--model-path", str(tmp_path)]) == 1
-    assert "neither tokenizer.json nor tokenizer.model" in capsys.readouterr().err
+def test_an_artifact_of_another_epsilon_is_refused_although_all_shapes_agree(checkpoint, capsys, tmp_path):
+    other = (checkpoint / "mine.yaml").read_text().replace("eps: 1e-06", "eps: 1e-05")
+    put(tmp_path, "other.yaml", other)
+    target = str(tmp_path / "built")
+    assert main(["compile", str(tmp_path / "other.yaml"), "--device", "host", "--dtype", "float32", "-o", target]) == 0
+    assert main(["run", "--model-path", str(checkpoint), "--artifact", target]) == 1
+    assert "config.json says rms_norm_eps 1e-06, the model says 1e-05" in capsys.readouterr().err
+
+
+def test_code_for_a_chip_runs_without_the_chip_and_says_so(checkpoint, capsys):
+    words = ["--device", "atlas-800i-a2", "--dtype", "float16", "--max-output-length", "2", "--ignore-eos"]
+    assert run(checkpoint, *words) == 0
+    said = capsys.readouterr()
+    assert "Generate[0] token num: 2" in said.out
+    assert "no NPU here" in said.err
+
+
+def test_limits_that_shorten_answers_are_said(checkpoint, capsys):
+    words = ["--input-ids", "5,9", "--ignore-eos", "--max-output-length", "100", "--max-position-embeddings", "1000"]
+    assert run(checkpoint, *words) == 0
+    said = capsys.readouterr()
+    assert "Generate[0] token num: 62" in said.out
+    assert "--max-position-embeddings 1000: the model has 64" in said.err
+    assert "answers end where a sequence has 64 tokens" in said.err
+
+
+def test_one_seed_is_one_text_and_another_seed_another(checkpoint, capsys):
+    words = ["--input-ids", "5,9", "--ignore-eos", "--max-output-length", "12", "--temperature", "1.5", "--json"]
+
+    def text(seed: str) -> list[int]:
+        assert run(checkpoint, *words, "--seed", seed) == 0
+        return json.loads(capsys.readouterr().out)["outputs"][0]["token_ids"]
+
+    assert text("3") == text("3") != text("4")
+
+
+def test_printed_rates_follow_from_the_printed_times(checkpoint, capsys):
+    ids = ["1,5,9", "3,3"]
+    assert run(checkpoint, "--input-ids", *ids, "--ignore-eos", "--max-output-length", "9", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    t = said["timing"]
+    assert t["total_ms"] == pytest.approx(t["prefill_ms"] + 8 * t["decode_ms_per_token"])
+    assert t["prefill_tokens_per_s"] == pytest.approx(5 / t["prefill_ms"] * 1e3)
+    assert t["decode_tokens_per_s"] == pytest.approx(2 / t["decode_ms_per_token"] * 1e3)
+    assert t["tokens_per_s"] == pytest.approx(18 / t["total_ms"] * 1e3)
+    # Each token's own times, measured apart, are those of the steps (and a little between them).
+    mean = sum(said["outputs"][0]["token_ms"]) / 8
+    assert t["decode_ms_per_token"] <= mean
+
+
+def test_a_conversation_goes_through_the_chat_template(checkpoint, capsys, tmp_path):
+    messages = [{"role": r, "content": c} for r, c in (("user", "w5"), ("assistant", "w6"), ("user", "w7 w8"))]
+    put(tmp_path, "a.jsonl", json.dumps(messages) + "\n" + json.dumps({"messages": messages[:1]}) + "\n")
+    template = "{% for m in messages %}{{ m.content }} w1 {% endfor %}"
+    words = ["--input-file", str(tmp_path / "a.jsonl"), "--chat-template", template, "--system", "w9"]
+    assert run(checkpoint, *words, "--is_chat_model", "--ignore-eos", "--max-output-length", "4", "--json") == 0
+    first, second = json.loads(capsys.readouterr().out)["outputs"]
+    assert first["token_ids"] == reference(checkpoint, [9, 1, 5, 1, 6, 1, 7, 8, 1], 4)
+    assert second["token_ids"] == reference(checkpoint, [9, 1, 5, 1], 4)
+    assert run(checkpoint, *words, "--max-output-length", "4") == 0
+    assert "Question[0]: w7 w8" in capsys.readouterr().out
+
+
+def put(path: Path, name: str, text: str | bytes) -> None:
+    (path / name).write_bytes(text.encode() if isinstance(text, str) else text)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda p: [f.unlink() for f in p.iterdir()], "config.json': No such file"),
+        (lambda p: put(p, ".llmc-convert.json", "{}"), "holds an unfinished conversion"),
+        (lambda p: (p / "tokenizer.json").unlink(), "neither tokenizer.json nor tokenizer.model"),
+        (lambda p: put(p, "chat_template.jinja", b"\xff"), "chat_template.jinja cannot be read"),
+        (lambda p: put(p, "chat_template.json", '{"chat_template": 5}'), "chat_template of"),
+        (lambda p: put(p, "generation_config.json", '{"eos_token_id": "x"}'), "must be an id or a list of ids"),
+        (lambda p: put(p, "model.safetensors.index.json", '{"weight_map": {"a": 5}}'), "not the name of a file"),
+        (
+            lambda p: put(p, "model.safetensors.index.json", '{"weight_map": {"a": "../x.safetensors"}}'),
+            "not the name of a file",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(checkpoint, capsys, tmp_path, damage, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    damage(copy)
+    assert main(["run", "--model-path", str(copy), "--graph", str(checkpoint / "mine.yaml")]) == 1
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.out == ""
+
+
+@pytest.mark.parametrize(("path", "message"), [("nowhere", "does not exist"), ("file", "is not a directory")])
+def test_a_model_path_that_is_no_directory_is_the_first_thing_said(capsys, tmp_path, path, message):
+    put(tmp_path, "file", "")
+    assert main(["run", "--model-path", str(tmp_path / path)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_quantised_weights_are_refused_by_their_kind(checkpoint, capsys, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    config = json.loads((copy / "config.json").read_text())
+    put(copy, "config.json", json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    assert run(copy) == 1
+    assert "the weights are quantised ('gptq')" in capsys.readouterr().err
 
 
 def prompts_of(path: Path) -> list:
@@ -186,10 +297,14 @@ def prompts_of(path: Path) -> list:
         ("a.txt", "one\n\ntwo, 2\n", ["one", "two, 2"]),
         ("a.csv", "1,2,3\n4,,\n", [[1, 2, 3], [4]]),
         ("a.jsonl", '{"prompt": "p"}\n"s"\n[1, 2]\n{"question": "q", "id": 3}\n', ["p", "s", [1, 2], "q"]),
+        ("bom.txt", "\ufeffone\r\ntwo\r\n", ["one", "two"]),
+        ("BOM.CSV", "\ufeff1,2\r\n", [[1, 2]]),
+        ("separator.jsonl", '{"prompt": "a\u2028b"}\n', ["a\u2028b"]),
+        ("form-feed.txt", "a\fb\n", ["a\fb"]),
     ],
 )
 def test_input_files(tmp_path, name, text, prompts):
-    (tmp_path / name).write_text(text)
+    put(tmp_path, name, text)
     assert prompts_of(tmp_path / name) == prompts
 
 
@@ -207,12 +322,28 @@ def test_a_numpy_file_holds_a_prompt_a_row(tmp_path):
         ("a.txt", b"\n \n", "holds no prompt"),
         ("a.txt", b"\xff\xfe", "cannot be read"),
         ("a.npy", b"nonsense", "cannot be read"),
+        ("a.jsonl", b'[{"role": "user", "content": 3}]', "a.jsonl:1 must be a text"),
     ],
 )
 def test_a_bad_input_file_is_named_with_the_line(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
         prompts_of(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (numpy.zeros((0, 3), int), r"holds no token ids: its shape is \[0, 3\]"),
+        (numpy.zeros((2, 0), int), r"holds no token ids"),
+        (numpy.zeros((2,), float), "whole numbers; found float64"),
+        (numpy.array(3), "whole numbers; found int64"),
+    ],
+)
+def test_a_numpy_file_without_token_ids_says_what_it_holds(tmp_path, array, message):
+    numpy.save(tmp_path / "a.npy", array)
+    with pytest.raises(UserError, match=message):
+        prompts_of(tmp_path / "a.npy")
 
 
 def test_only_a_single_prompt_is_repeated():

@@ -196,7 +196,7 @@ def test_a_directory_without_usable_weights_says_what_to_do(tmp_path, files, wor
 
 
 def test_a_path_that_is_no_directory():
-    with pytest.raises(UserError, match="is not a directory"):
+    with pytest.raises(UserError, match="nowhere does not exist"):
         read_headers(Path("nowhere"))
 
 
