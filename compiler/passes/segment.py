@@ -19,7 +19,7 @@ from functools import cached_property
 
 from llmc.compiler.atb.core import GRAPH_LIMITS
 from llmc.compiler.diagnostics import Diagnostic, DiagnosticError
-from llmc.compiler.ir import AtbGraph, AtbNode
+from llmc.compiler.ir import AtbGraph, AtbNode, AtbTensor
 
 LAYER = re.compile(r"(.*?\.\d+)\.(.*)")
 
@@ -131,6 +131,7 @@ def _localise(
     local: dict[str, str] = {}
     taken: set[str] = set()
     holder: dict[str, str] = {}  # local name -> value it holds now
+    first_of: dict[str, AtbTensor] = {}  # a tensor keeps its type when layers write it again
 
     def name_of(name: str, at: int) -> str:
         """Local name of a value that node `at` reads or makes."""
@@ -145,11 +146,12 @@ def _localise(
         elif last_use.get(name, -1) >= stop:
             short = f"out.{rest}" if label else name
         else:
-            short = rest
+            tensor = graph.tensors[name]
+            short = rest if first_of.setdefault(rest, tensor) == tensor else f"{rest}.{tensor.dtype}"
             if holder.get(short, name) != name and reads.get(holder[short], -1) >= at:
                 short = f"{index[label]}.{rest}"  # the value it held is still needed
             holder[short] = name
-        if short != rest and short in taken:
+        if short in taken and short not in holder:
             short = name  # two layers hand over a value of one name
         taken.add(short)
         local[name] = short

@@ -74,3 +74,13 @@ def test_every_weight_cache_and_step_input_is_bound_by_exactly_one_name():
 def test_an_option_that_the_device_lacks_is_refused_by_name(options, words):
     with pytest.raises(UserError, match=words):
         compile_model("llama2-7b", options)
+
+
+def test_layers_of_two_dtypes_do_not_share_a_tensor(tmp_path):
+    path = tmp_path / "mixed.yaml"
+    rule = '{nodes: "layers.*.mlp.*", layers: "0-1", dtype: float32}'
+    path.write_text(f"extends: smollm2-135m\nname: mixed\npolicy: [{rule}]\n")
+    for parts in compile_model(str(path), Options()).segments.values():
+        first = parts[0].graph
+        dtypes = {name: t.dtype for name, t in first.tensors.items() if name.startswith("mlp.gate_up")}
+        assert sorted(dtypes.values()) == ["bfloat16", "float32"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from llmc.compiler.build import load_model
 from llmc.compiler.source import catalogue
-from tiny import CONFIGS, load, save_checkpoint, save_model
+from tiny import CONFIGS, load, save_checkpoint, save_model, variant
 
 LENGTHS = [5, 13, 19, 1]  # prompt lengths of one batch
 STEPS = [6, 9, 3, 9]  # tokens fed one by one afterwards
@@ -102,3 +102,21 @@ def test_every_catalogue_model_shrunk_to_test_size_equals_transformers(name, att
     ours = load(tmp_path, tmp_path, text, attention=attention, dtype="float32").logits(tokens, LENGTHS)
     for a, b in zip(ours, reference(model, tokens), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5 * b.abs().max().item())
+
+
+@pytest.mark.model
+def test_nodes_that_the_policy_names_compute_in_float32(tmp_path):
+    """Head and first mlp in float32 around bfloat16 layers: logits come out in float32 and nearer to the truth."""
+    model = save_checkpoint(tmp_path, "gqa")
+    tokens = sequences(96)
+    truth = torch.cat(reference(model, tokens))
+    text = variant(tmp_path)
+    policy = 'policy: [{nodes: lm_head, dtype: float32}, {nodes: "layers.*.mlp.*", layers: 0, dtype: float32}]\n'
+    errors = []
+    for extra in ("", policy):
+        ours = torch.cat(
+            load(tmp_path, tmp_path, text + extra, attention="paged", dtype="bfloat16").logits(tokens, LENGTHS)
+        )
+        errors.append((ours.float() - truth).square().mean().sqrt().item())
+    assert ours.dtype == torch.float32
+    assert errors[1] < errors[0]
