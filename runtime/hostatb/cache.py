@@ -9,16 +9,11 @@ from collections.abc import Sequence
 
 import torch
 from llmc.compiler.atb.cache import KV_INPUTS, NO_COMPRESS, inputs
-from llmc.compiler.atb.core import AtbError, Desc, Param
-from llmc.runtime.hostatb.numeric import Kernel
+from llmc.compiler.atb.core import Desc, Param
+from llmc.runtime.hostatb.numeric import Kernel, refuse
 from torch import Tensor
 
 PAIRS = (("key", "keyCache"), ("value", "valueCache"))
-
-
-def refuse(message: str, found: object, expected: object) -> AtbError:
-    """What the device would write outside the cache."""
-    return AtbError("ERROR_INVALID_TENSOR_DIM", message, found=str(found), expected=str(expected), stage="execute")
 
 
 def reshape_and_cache(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]:

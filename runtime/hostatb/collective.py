@@ -33,7 +33,8 @@ from llmc.compiler.atb.collective import (
     linear_parallel_inputs,
 )
 from llmc.compiler.atb.core import AtbError, Desc, Param
-from llmc.runtime.hostatb.numeric import ACL_TORCH, Kernel, nz_to_nd, round_to
+from llmc.runtime.hostatb.linear import oriented_weight
+from llmc.runtime.hostatb.numeric import ACL_TORCH, Kernel, round_to, scale_values
 from torch import Tensor
 
 T = TypeVar("T")
@@ -233,10 +234,11 @@ def _two_dim(param: Param, named: dict[str, Tensor], rank: int, chip: str) -> Te
 
 def _product(param: Param, x: Tensor, named: dict[str, Tensor]) -> Tensor:
     """x [.., k] @ weight [k, n], summed in fp32."""
-    weight = _plain_weight(named["weight"], param.transWeight)
+    weight = oriented_weight(named["weight"], param.transWeight)
+    weight = (weight[0] if weight.dim() == 3 else weight).t()
     if not is_quant(param):  # one dtype; torch sums 16-bit products in fp32 and rounds once, as the caller would
         return x @ weight
-    bias, scale = named["bias"], _scale(named["scale"])
+    bias, scale = named["bias"], scale_values(named["scale"])
     if x.dtype == torch.int8:  # exact in fp64: |sum| < 2^53
         total = x.double() @ weight.double()
         total = (total + bias if bias.numel() else total).float() * scale
@@ -249,20 +251,6 @@ def _product(param: Param, x: Tensor, named: dict[str, Tensor]) -> Tensor:
         )
     wide = ((wide + bias.float() if bias.numel() else wide) * scale).to(x.dtype)
     return x.float() @ wide.float()
-
-
-def _scale(scale: Tensor) -> Tensor:
-    """int64 scales carry the bits of an fp32 in their low half."""
-    return (scale & 0xFFFFFFFF).to(torch.uint32).view(torch.float32) if scale.dtype == torch.int64 else scale.float()
-
-
-def _plain_weight(weight: Tensor, transposed: bool) -> Tensor:
-    """[k, n] of any form that the operation takes; 4-D is stored as NZ blocks."""
-    if weight.dim() == 4:
-        weight = nz_to_nd(weight)
-    if weight.dim() == 3:
-        weight = weight[0]
-    return weight.t() if transposed else weight
 
 
 KERNELS: dict[str, Kernel] = {

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from llmc.compiler.atb.core import ACL_UNDEFINED, AtbError, Desc, Param
 from llmc.compiler.atb.linear import EIN_SUM, PER_TOKEN
-from llmc.runtime.hostatb.numeric import ACL_TORCH, Kernel, nz_to_nd, round_to
+from llmc.runtime.hostatb.numeric import ACL_TORCH, Kernel, nz_to_nd, round_to, scale_values
 from torch import Tensor
 from torch.nn.functional import linear as dense
 
@@ -65,13 +65,6 @@ def _columns(vector: Tensor, weight: Tensor) -> Tensor:
     if weight.dim() == 2 or vector.dim() == 1:
         return vector.reshape(-1)
     return vector.unsqueeze(1)
-
-
-def scale_values(scale: Tensor) -> Tensor:
-    """float32 scales; 64-bit integers carry the fp32 bits in their low half."""
-    if scale.dtype == torch.float32:
-        return scale
-    return scale.view(torch.int32).unflatten(-1, (-1, 2))[..., 0].contiguous().view(torch.float32)
 
 
 def int_matmul(x: Tensor, weight: Tensor) -> Tensor:

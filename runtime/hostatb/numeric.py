@@ -24,7 +24,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from llmc.compiler.atb.core import ACL_DTYPE, Desc, Param
+from llmc.compiler.atb.core import ACL_DTYPE, DIM, AtbError, Desc, Param
+from llmc.compiler.atb.shape import NZ_LANES
 from torch import Tensor
 
 Kernel = Callable[[Param, Sequence[Tensor], Sequence[Desc], str], "list[Tensor]"]
@@ -60,6 +61,19 @@ def desc_of(tensor: Tensor) -> Desc:
     )
 
 
+def refuse(message: str, found: object, expected: object = "") -> AtbError:
+    """The error for values (lengths, slots) that the device would compute nonsense from, or write outside a cache with,
+    without a word."""
+    return AtbError(DIM, message, found=str(found), expected=str(expected), stage="execute")
+
+
+def scale_values(scale: Tensor) -> Tensor:
+    """Scales as float32; 64-bit integers carry the bits of one in their low half (reference 3.2)."""
+    if scale.is_floating_point():
+        return scale.float()
+    return scale.view(torch.int32).unflatten(-1, (-1, 2))[..., 0].contiguous().view(torch.float32)
+
+
 def round_to(x: Tensor, dtype: torch.dtype, chip: str) -> Tensor:
     """One rounding, half to even. 310P saturates float16 at 65504, 910B overflows to inf (reference 3.13)."""
     if dtype == torch.float16 and chip == "Ascend310P":
@@ -67,16 +81,11 @@ def round_to(x: Tensor, dtype: torch.dtype, chip: str) -> Tensor:
     return x.to(dtype)
 
 
-def block_width(dtype: torch.dtype | str) -> int:
-    """n0 of the NZ layout: 32 for 8-bit, 16 for 16-bit elements (reference 1.7)."""
-    return 32 if dtype in (torch.int8, "int8") else 16
-
-
 def nd_to_nz(x: Tensor) -> Tensor:
     """[m, n] or [b, m, n] -> [b, ceil(n/n0), ceil16(m), n0], padded with zeros (reference 1.7)."""
     x = x if x.dim() == 3 else x.unsqueeze(0)
     b, m, n = x.shape
-    n0 = block_width(x.dtype)
+    n0 = NZ_LANES[DTYPE_NAME[x.dtype]]
     blocks, rows = -(-n // n0), -(-m // 16) * 16
     padded = x.new_zeros(b, rows, blocks * n0)
     padded[:, :m, :n] = x

@@ -23,8 +23,7 @@ from llmc.compiler.atb.paged_attention import (
 from llmc.compiler.atb.self_attention import BNSD, DEQUANT_FUSION, is_910b, kv_heads
 from llmc.runtime.hostatb.attend import attend, attend_int8, decode
 from llmc.runtime.hostatb.masks import require_cover
-from llmc.runtime.hostatb.numeric import ACL_TORCH, nz_to_nd, round_to
-from llmc.runtime.hostatb.self_attention import refuse
+from llmc.runtime.hostatb.numeric import ACL_TORCH, nz_to_nd, refuse, round_to, scale_values
 from torch import Tensor
 
 
@@ -95,11 +94,9 @@ def _sequence(
 def _dequantised(named: Mapping[str, Tensor], which: str, x: Tensor) -> Tensor:
     """(i8 + offset) * descale per kv head and channel; an int64 descale carries float32 bits in its low half."""
     descale, offset = named[f"{which}Descale"], named.get(f"{which}Offset")
-    if descale.dtype == torch.int64:
-        descale = descale.to(torch.int32).view(torch.float32)
     shape = x.shape[1:]
     wide = x.float() if offset is None else x.float() + offset.view(shape)
-    return wide * descale.view(shape)
+    return wide * scale_values(descale).view(shape)
 
 
 def _general(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from llmc.compiler.atb.core import AtbError, Desc, Param
+from llmc.compiler.atb.core import Desc, Param
 from llmc.compiler.atb.self_attention import (
     ALIBI,
     BNSD,
@@ -34,7 +34,7 @@ from llmc.runtime.hostatb.masks import (
     tiled_bias,
     window_bias,
 )
-from llmc.runtime.hostatb.numeric import ACL_TORCH, nz_to_nd, round_to
+from llmc.runtime.hostatb.numeric import ACL_TORCH, nz_to_nd, refuse, round_to
 from torch import Tensor
 
 CACHE_TYPE_SWA = 1
@@ -50,11 +50,6 @@ def self_attention(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc
     if prefix(param):
         return [_prefix(param, named, mask, chip)]
     return [_flash(param, named, mask, chip)]
-
-
-def refuse(message: str, found: object, expected: object = "") -> AtbError:
-    """What the device would compute nonsense from without a word: lengths that do not fit the tensors."""
-    return AtbError("ERROR_INVALID_TENSOR_DIM", message, found=str(found), expected=str(expected), stage="execute")
 
 
 class Masks:
