@@ -252,8 +252,7 @@ class _Expansion:
                 try:
                     outputs = op.shape(node, [types[node.inputs[slot]] for slot in op.inputs])
                 except NoRule as error:
-                    self.once(error.code, f"'{node.name}' ({node.op}): {error.message}", node.place,
-                              found=error.found, needed=error.needed, likely=error.likely)  # fmt: skip
+                    self.once(error.code, f"'{node.name}' ({node.op}): {error.message}", node.place, **error.details)
                     break
                 types.update(zip(node.values, outputs, strict=True))
                 nodes.append(node)

@@ -20,7 +20,8 @@ from typing import Any
 from llmc.compiler.build import Model
 from llmc.compiler.diagnostics import Diagnostic, DiagnosticError, Place, UserError
 from llmc.compiler.expressions import ExpressionError, Number, UnknownName, evaluate
-from llmc.compiler.language import DTYPES, MODEL_NAME, SCALINGS, Language, Rule
+from llmc.compiler.hardware import DTYPES
+from llmc.compiler.language import MODEL_NAME, SCALINGS, Language, Rule
 from llmc.compiler.reading import NAME
 from llmc.compiler.source import Map, Scalar, catalogue, load
 
@@ -229,7 +230,7 @@ def variant_from_config(config: Mapping[str, Any], name: str) -> str:
         *_rope_lines(rope_from_config(config)),
     ]
     dtype = config.get("dtype") or config.get("torch_dtype")
-    if dtype in DTYPES and dtype != "float16":
+    if dtype == "bfloat16":  # float32 weights are cast: no NPU computes in float32
         lines.append(f"dtype: {dtype}")
     if tied:
         lines += ["config: {tie_word_embeddings: {is: true}}", "graph: {lm_head: {weight: model.embed_tokens.weight}}"]

@@ -12,8 +12,11 @@ from importlib.resources import files
 
 import yaml
 from llmc.compiler.diagnostics import UserError, did_you_mean
+from llmc.compiler.source import LOADER
 
-Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+DTYPES = ("float16", "bfloat16", "float32")  # of weights and activations
+ATTENTION = ("paged", "flash")
+ANNOUNCED = ("atlas-300i-duo",)  # devices that `support:` may name although this version does not compile for them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,18 +33,25 @@ class Device:
 
 
 def device_names() -> list[str]:
+    """Devices that this version compiles for."""
     folder = files("llmc.graphs") / "hardware"
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
+def known_devices() -> list[str]:
+    """Devices that exist, whether or not this version compiles for them."""
+    return sorted({*device_names(), *ANNOUNCED})
 
 
 @cache
 def device(name: str) -> Device:
     """The device of that name; UserError with the known ones otherwise."""
-    if name == "atlas-300i-duo":
-        raise UserError(f"this version does not compile for {name} yet", hint="atlas-800i-a2 or host", code="E401")
+    if name in ANNOUNCED:
+        hint = " or ".join(device_names())
+        raise UserError(f"this version does not compile for {name} yet", hint=hint, code="E401")
     if name not in device_names():
         raise UserError(f"unknown device {name!r}", hint=did_you_mean(name, device_names()), code="E401")
-    data = yaml.load((files("llmc.graphs") / "hardware" / f"{name}.yaml").read_text(encoding="utf-8"), Loader)
+    data = yaml.load((files("llmc.graphs") / "hardware" / f"{name}.yaml").read_text(encoding="utf-8"), LOADER)
     return Device(
         name=data["name"],
         chip=data["chip"],

@@ -8,18 +8,18 @@ Every problem goes to `language.report`. What a definition becomes in each layer
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
-from llmc.compiler import source
 from llmc.compiler.diagnostics import Place, Report, did_you_mean
 from llmc.compiler.expressions import ExpressionError, Number, UnknownName, evaluate
+from llmc.compiler.hardware import ATTENTION, DTYPES, known_devices
 from llmc.compiler.ir import Graph, Rows, TensorType
 from llmc.compiler.ops import OPS, Attr, Op
+from llmc.compiler.passes.types import in_layers, is_named
 from llmc.compiler.reading import TOLD, Reader, Ref
 from llmc.compiler.source import Document, List, Map, Scalar, Value, show
 
@@ -51,9 +51,6 @@ POLICY_KEYS = ("nodes", "layers", "dtype")
 SUPPORT_KEYS = ("tp", "dtypes", "attention")
 
 INPUTS: Mapping[str, TensorType] = {"token_ids": TensorType(dtype="int64", shape=("T",))}
-DTYPES = ("float16", "bfloat16", "float32")
-ATTENTION = ("paged", "flash")
-DEVICES = ("atlas-800i-a2", "atlas-300i-duo", "host")
 PAIRINGS = ("half", "interleaved")
 # type -> settings that it needs, settings that it may have (arXiv 2306.15595, 2309.00071; llama-models 3.1)
 SCALINGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -600,27 +597,13 @@ class Language(Reader):
         yield from (d.nodes for d in self.graph if isinstance(d, RepeatDef))
 
     def check_policy(self, graph: Graph) -> None:
-        for (rule, place), pattern in zip(self.policy, self.patterns, strict=True):
-            names = [node.name for node in graph.nodes if pattern.fullmatch(node.name)]
+        for rule, place in self.policy:
+            names = [node.name for node in graph.nodes if is_named(rule, node.name)]
             if not names:
                 self.report.add("E201", f"policy: no node is called {rule['nodes']!r}", place,
                                 likely=did_you_mean(rule["nodes"], graph.by_name))  # fmt: skip
-            elif "layers" in rule and not any(_in_layers(name, rule["layers"]) for name in names):
+            elif not any(in_layers(rule, name) for name in names):
                 first, last = rule["layers"]
                 self.report.add(
                     "E106", f"policy: no node called {rule['nodes']!r} is in layers {first} to {last}", place
                 )
-
-    @property
-    def patterns(self) -> list[re.Pattern[str]]:
-        return [re.compile(".*".join(map(re.escape, rule["nodes"].split("*")))) for rule, _ in self.policy]
-
-
-def known_devices() -> list[str]:
-    """Devices that exist, whether or not this version compiles for them yet."""
-    folder = os.path.join(source.GRAPHS, "hardware")
-    return sorted({*DEVICES, *(f.removesuffix(".yaml") for f in os.listdir(folder) if f.endswith(".yaml"))})
-
-
-def _in_layers(name: str, layers: tuple[int, int]) -> bool:
-    return any(layers[0] <= int(part) <= layers[1] for part in name.split(".") if part.isdigit())

@@ -13,16 +13,8 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llmc.compiler.language import (
-    ATTENTION,
-    BLOCK_KEYS,
-    DTYPES,
-    INPUTS,
-    MODEL_KEYS,
-    PAIRINGS,
-    SCALINGS,
-    known_devices,
-)  # fmt: skip
+from llmc.compiler.hardware import ATTENTION, DTYPES, known_devices
+from llmc.compiler.language import BLOCK_KEYS, INPUTS, MODEL_KEYS, PAIRINGS, SCALINGS
 from llmc.compiler.ops import FAMILIES, OPS, Attr, Op
 from llmc.compiler.source import GRAPHS
 

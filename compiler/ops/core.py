@@ -24,7 +24,8 @@ class NoRule(Exception):
         self, message: str, *, found: str = "", needed: str = "", likely: str = "", code: str = "E301"
     ) -> None:
         super().__init__(message)
-        self.message, self.found, self.needed, self.likely, self.code = message, found, needed, likely, code
+        self.message, self.code = message, code
+        self.details = {"found": found, "needed": needed, "likely": likely}  # as Diagnostic has them
 
 
 @dataclass(frozen=True, kw_only=True)

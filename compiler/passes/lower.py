@@ -158,8 +158,7 @@ def lower(graph: Graph, attention: str) -> AtbGraph:
         try:
             OPS[node.op].lower(node, low)
         except NoRule as error:
-            more = {"found": error.found, "needed": error.needed, "likely": error.likely}
-            report.add(error.code, f"'{node.name}' ({node.op}): {error.message}", node.place, **more)
+            report.add(error.code, f"'{node.name}' ({node.op}): {error.message}", node.place, **error.details)
     report.raise_if_any()
     # Outputs carry the name that the author gave them.
     names = {value: name for name, value in graph.outputs.items()}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from llmc.compiler.diagnostics import Report
 from llmc.compiler.ir import Graph, Node, TensorType, Weight
@@ -40,14 +42,21 @@ def in_dtype(weight: Weight, dtype: str) -> Weight:
 
 
 def node_dtype(graph: Graph, node: Node) -> str:
-    """The dtype in which a node computes. A split follows the matmul that it splits."""
-    name = node.name.removesuffix(".split")
-    layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
-    for rule in graph.policy:
-        in_range = "layers" not in rule or (layer is not None and rule["layers"][0] <= layer <= rule["layers"][1])
-        if in_range and fnmatchcase(name, rule["nodes"]):
-            return rule["dtype"]
-    return graph.dtype
+    """The dtype in which a node computes: the first rule's that fits, else the model's."""
+    fits = (rule["dtype"] for rule in graph.policy if is_named(rule, node.name) and in_layers(rule, node.name))
+    return next(fits, graph.dtype)
+
+
+def is_named(rule: Mapping[str, Any], node: str) -> bool:
+    """Does a rule of `policy:` name this node? A split follows the matmul that it splits."""
+    return fnmatchcase(node.removesuffix(".split"), rule["nodes"])
+
+
+def in_layers(rule: Mapping[str, Any], node: str) -> bool:
+    """Is the node in the rule's range of iterations? True where the rule has none."""
+    first, last = rule.get("layers", (None, None))
+    layer = next((int(part) for part in node.split(".") if part.isdigit()), None)
+    return first is None or (layer is not None and first <= layer <= last)
 
 
 def infer_types(graph: Graph) -> Graph:
@@ -60,9 +69,7 @@ def infer_types(graph: Graph) -> Graph:
         try:
             outputs = OPS[node.op].shape(node, [types[node.inputs[slot]] for slot in OPS[node.op].inputs])
         except NoRule as error:
-            message = f"'{node.name}' ({node.op}): {error.message}"
-            more = {"found": error.found, "needed": error.needed, "likely": error.likely}
-            report.add(error.code, message, node.place, **more)
+            report.add(error.code, f"'{node.name}' ({node.op}): {error.message}", node.place, **error.details)
             continue
         types.update(zip(node.values, outputs, strict=True))
     report.raise_if_any()
