@@ -20,7 +20,6 @@ from typing import Any
 from llmc.compiler.build import Model
 from llmc.compiler.diagnostics import Diagnostic, DiagnosticError, Place, UserError
 from llmc.compiler.expressions import ExpressionError, Number, UnknownName, evaluate
-from llmc.compiler.hardware import DTYPES
 from llmc.compiler.language import MODEL_NAME, SCALINGS, Language, Rule
 from llmc.compiler.reading import NAME
 from llmc.compiler.source import Map, Scalar, catalogue, load

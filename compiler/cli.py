@@ -6,6 +6,8 @@ Torch is imported only by the commands that compute (run, demo, convert).
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import json
 import os
 import sys
@@ -21,18 +23,45 @@ from llmc.compiler.diagnostics import DiagnosticError, UserError, did_you_mean, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. 0 done, 1 something the user can mend, 2 wrong usage, 130 interrupted."""
     words = sys.argv[1:] if argv is None else list(argv)
-    args = make_parser(words[0] if words else "").parse_args(words)
+    _say_what_can_be_said()
+    try:
+        args = make_parser(words[0] if words else "").parse_args(words)
+        code = _run(args)
+        if sys.stdout is not None:  # closed by `>&-`
+            sys.stdout.flush()  # here, so that a closed pipe or a full disk is found while it can be told
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `llmc show ... | head`
+        _drop_stdout()
+        return 0
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _drop_stdout()
+        print(f"llmc: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         return args.run(args) or 0
     except UserError as error:
         report(error, getattr(args, "json", False))
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `llmc show ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+
+def _say_what_can_be_said() -> None:
+    """Characters that the terminal's encoding lacks (LANG=C, PYTHONIOENCODING=ascii) are escaped, not fatal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_stdout() -> None:
+    """What is still buffered goes nowhere, or Python would complain about it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def report(error: UserError, as_json: bool) -> None:
@@ -94,6 +123,7 @@ def ops_flags(p: argparse.ArgumentParser) -> None:
 def run_flags(p: argparse.ArgumentParser) -> None:
     from llmc.runtime.flags import add_run_flags
 
+    p.usage = "llmc run --model-path DIR [--input-text TEXT ...] [flags]; llmc run --help lists them"
     add_run_flags(p)
 
 
@@ -180,7 +210,8 @@ def show_command(args: argparse.Namespace) -> int:
 def init_command(args: argparse.Namespace) -> int:
     from llmc.compiler.checkpoint import read_config, variant_from_config
 
-    name = args.name or args.model_path.resolve().name.lower()
+    path = args.model_path.resolve()
+    name = args.name or (path.parent if path.is_file() else path).name.lower()
     print(variant_from_config(read_config(args.model_path), name), end="")
     return 0
 
@@ -208,15 +239,22 @@ def schema_command(args: argparse.Namespace) -> int:
 
 
 def run_command(args: argparse.Namespace) -> int:
+    _keep_backends_out()
     from llmc.runtime.run import run
 
     return run(args)
 
 
 def demo_command(args: argparse.Namespace) -> int:
+    _keep_backends_out()
     from llmc.runtime.demo import demo
 
     return demo(args)
+
+
+def _keep_backends_out() -> None:
+    """torch would import torch_npu by itself, before the device's environment is applied (npu.py imports it then)."""
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 
 def convert_command(args: argparse.Namespace) -> int:

@@ -38,6 +38,14 @@ def _integer(text: str, *, at_least: int, want: str) -> int:
     return value
 
 
+def utf8(text: str) -> str:
+    """Words of the command line as UTF-8, also where the locale (LANG=C) made Python read them as bytes."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from None
+
+
 def true_or_false(text: str) -> bool:
     """The old scripts read "False" as true; here it means false."""
     values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -93,7 +101,7 @@ RUN_FLAGS: tuple[Flag, ...] = (
     # input
     Flag(
         "input_text",
-        str,
+        utf8,
         None,
         f"one or more questions (default: {DEFAULT_QUESTION!r})",
         SEED,
@@ -103,8 +111,8 @@ RUN_FLAGS: tuple[Flag, ...] = (
     Flag("input_ids", str, None, "one or more prompts as comma-separated token ids", PA, many=True),
     Flag("input_file", str, None, "prompts or conversations: .jsonl; a question a line: text; ids: .csv or .npy", SEED),
     Flag("is_chat_model", None, False, "wrap the prompts in the chat template", PA, aliases=("chat",)),
-    Flag("chat_template", str, None, "a Jinja file or the template itself, instead of the checkpoint's", PA),
-    Flag("system", str, None, "system message for --chat", OURS),
+    Flag("chat_template", utf8, None, "a Jinja file or the template itself, instead of the checkpoint's", PA),
+    Flag("system", utf8, None, "system message for --chat", OURS),
     Flag(
         "max_input_length", positive, None, "longer prompts are cut to their first tokens (default: none is cut)", SEED
     ),
@@ -131,7 +139,7 @@ RUN_FLAGS: tuple[Flag, ...] = (
     Flag("repetition_penalty", float, 1.0, "above 0; 1 is off", PA),
     Flag("presence_penalty", float, 0.0, "-2 to 2", PA),
     Flag("frequency_penalty", float, 0.0, "-2 to 2", PA),
-    Flag("stop", str, None, "strings that end an answer; they are not printed", OURS, many=True),
+    Flag("stop", utf8, None, "strings that end an answer; they are not printed", OURS, many=True),
     Flag("ignore_eos", None, False, "always generate max_output_length tokens", PA),
     # output
     Flag("stream", None, False, "print text as it comes (one prompt)", OURS),
@@ -184,22 +192,10 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         more: dict[str, Any] = {"nargs": "+"} if flag.many else {}
         if flag.bare is not None:
             more = {"nargs": "?", "const": flag.bare}
-        metavar = "VALUE" if flag.type is not str else "TEXT"
+        metavar = "TEXT" if flag.type in (str, utf8) else "VALUE"
         parser.add_argument(
             *words, dest=flag.name, type=flag.type, default=flag.default, metavar=metavar, help=about, **more
         )
-
-
-def add_demo_flags(parser: argparse.ArgumentParser) -> None:
-    from llmc.runtime import demo
-
-    demo.add_demo_flags(parser)
-
-
-def add_convert_flags(parser: argparse.ArgumentParser) -> None:
-    from llmc.runtime import convert
-
-    convert.add_convert_flags(parser)
 
 
 def check_run_flags(args: argparse.Namespace) -> None:

@@ -40,6 +40,10 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """`special`: with the tokens that the checkpoint puts around a text. Chat templates write their own."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            raise UserError(f"the text {text[:60]!r} is not Unicode: {error.reason}") from None
         return self._encode(text, special)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
