@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.atb.core import DTYPE_BYTES
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.emit.render import render
@@ -122,10 +123,12 @@ def _segment(part: Segment, name: str) -> dict[str, Any]:
 
 
 def _written(graph: AtbGraph, local: Mapping[str, str]) -> list[str]:
-    """Inputs that the segment writes: caches named as outputs, and caches that flash attention appends to itself."""
-    outs = {out for node in graph.nodes for out in node.outs}
-    hidden = {n for node in graph.nodes if node.op == "SelfAttention" for n in node.ins}
-    return [local[n] for n in graph.inputs if graph.tensors[n].role == "cache" and n in outs | hidden]
+    """Inputs that the segment writes: named as outputs, or without a word (flash attention appends to its caches)."""
+    written = {out for node in graph.nodes for out in node.outs}
+    for node in graph.nodes:
+        op = ATB[node.op]
+        written |= {node.ins[i] for i in op.writes(op.param(node.param))}
+    return [local[n] for n in graph.inputs if n in written]
 
 
 def _describe(t: AtbTensor) -> dict[str, Any]:
