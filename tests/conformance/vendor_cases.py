@@ -32,10 +32,10 @@ FORMATS = {"fractal_nz": "nz"}
 
 @dataclass(frozen=True, kw_only=True)
 class CaseRow:
-    """One row: `number` counts data rows from 0; `expected` is "C:NO_ERROR", "I:ERROR_...", or "NO_ERROR"."""
+    """One row: `number` is CaseNum, unique with the name; `expected` is "C:NO_ERROR", "I:ERROR_...", or "NO_ERROR"."""
 
     file: str
-    number: int
+    number: str
     name: str
     op: str
     param: Mapping[str, Any]
@@ -45,24 +45,21 @@ class CaseRow:
     expected: str
 
     def __str__(self) -> str:
-        return f"{self.file} row {self.number} ({self.name})"
+        return f"{self.file} case {self.number} ({self.name})"
 
 
 def read_rows(path: Path) -> list[CaseRow]:
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.reader(file, delimiter="|")
         header = [cell.strip() for cell in next(reader)]
-        return [
-            _row(path.name, number, dict(zip(header, (cell.strip() for cell in cells), strict=True)))
-            for number, cells in enumerate(reader)
-        ]
+        return [_row(path.name, dict(zip(header, (cell.strip() for cell in cells), strict=True))) for cells in reader]
 
 
-def _row(file: str, number: int, cells: Mapping[str, str]) -> CaseRow:
+def _row(file: str, cells: Mapping[str, str]) -> CaseRow:
     named = [chip.strip() for chip in cells["SocVersion"].split(",") if chip.strip()]
     return CaseRow(
         file=file,
-        number=number,
+        number=cells["CaseNum"],
         name=cells["CaseName"],
         op=cells["OpName"].removesuffix("Operation"),
         param={name.strip(): value for name, value in json.loads(cells["OpParam"]).items()},
