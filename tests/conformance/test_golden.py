@@ -23,8 +23,6 @@ from safetensors import safe_open
 from torch import Tensor
 from vendor_cases import GOLDEN, known_param
 
-pytestmark = pytest.mark.torch
-
 FILES = sorted(GOLDEN.glob("*.jsonl"))
 LISTED = yaml.safe_load(Path(__file__).with_name("disagreements.yaml").read_text(encoding="utf-8"))["golden"]
 CHIPS = {"Ascend910B2": "Ascend910B", "Ascend310P3": "Ascend310P"}

@@ -18,8 +18,6 @@ from llmc.runtime.hostatb.graph import GraphBuilder
 from llmc.runtime.hostatb.operation import Operation, Single
 from vendor_cases import DTYPES, LAYERS
 
-pytestmark = pytest.mark.torch
-
 NOT_GRAPHS = ("refusals.json", "masks.json", "segments.json")
 FILES = sorted(path for path in LAYERS.glob("*.json") if path.name not in NOT_GRAPHS)
 GROUPS = sorted({"-".join(path.name.split("-")[:2]) for path in FILES})  # "910b-paged"

@@ -18,8 +18,6 @@ from llmc.runtime.hostatb.operation import Operation, Single
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-pytestmark = pytest.mark.torch
-
 HEADS, KV_HEADS, SIZE, BLOCK = 6, 2, 32, 16
 SCALE = SIZE**-0.5
 LENGTHS = [5, 40, 17]

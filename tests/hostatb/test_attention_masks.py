@@ -19,8 +19,6 @@ from llmc.runtime.hostatb.numeric import set_format
 from llmc.runtime.hostatb.operation import Operation, Single
 from torch import Tensor
 
-pytestmark = pytest.mark.torch
-
 LAYERS = Path(os.environ.get("LLMC_ATB_LAYERS", Path(__file__).parents[3] / "shared" / "data" / "atb-layers"))
 MASKS = LAYERS / "masks.json"
 HEADS, SIZE, ROWS, BLOCK = 5, 16, 2112, 128

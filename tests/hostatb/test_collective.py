@@ -15,8 +15,6 @@ from llmc.runtime.hostatb.numeric import desc_of
 from llmc.runtime.hostatb.operation import KERNELS
 from torch import Tensor
 
-pytestmark = pytest.mark.torch
-
 
 def run(op: str, values: dict[str, Any], *tensors: Tensor) -> list[Tensor]:
     entry, param = OPS[op], OPS[op].param(values)

@@ -9,8 +9,6 @@ import torch
 from llmc.runtime import hostatb as atb
 from torch.nn import functional
 
-pytestmark = pytest.mark.torch
-
 Elewise, Activation = atb.ElewiseParam.ElewiseType, atb.ActivationType
 Rms, Layer = atb.RmsNormParam, atb.LayerNormParam
 

@@ -8,8 +8,6 @@ import pytest
 import torch
 from llmc.runtime import hostatb as atb
 
-pytestmark = pytest.mark.torch
-
 Elewise = atb.ElewiseParam.ElewiseType
 
 

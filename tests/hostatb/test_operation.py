@@ -9,8 +9,6 @@ import torch
 from llmc.runtime import hostatb as atb
 from llmc.runtime.hostatb.numeric import nd_to_nz, nz_to_nd, round_to
 
-pytestmark = pytest.mark.torch
-
 Elewise = atb.ElewiseParam.ElewiseType
 
 

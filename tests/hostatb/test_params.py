@@ -11,8 +11,6 @@ import pytest
 from llmc.compiler.atb import OPS
 from llmc.runtime import hostatb as atb
 
-pytestmark = pytest.mark.torch
-
 BOUND: dict[str, dict[str, Any]] = {  # class: {keyword: default}; enums by member name, "struct" for a nested one
     "LinearParam": {
         "transpose_a": False, "transpose_b": True, "has_bias": True, "out_data_type": "ACL_DT_UNDEFINED",

@@ -13,8 +13,6 @@ from llmc.runtime.hostatb.operation import KERNELS
 from llmc.runtime.hostatb.sampling import GlibcRand
 from torch import Tensor
 
-pytestmark = pytest.mark.torch
-
 # srand(1); rand() five times, as every glibc prints it
 FIRST_OF_SEED_1 = [1804289383, 846930886, 1681692777, 1714636915, 1957747793]
 

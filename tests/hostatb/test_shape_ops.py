@@ -13,8 +13,6 @@ from llmc.runtime.hostatb.numeric import desc_of
 from llmc.runtime.hostatb.operation import KERNELS
 from torch import Tensor
 
-pytestmark = pytest.mark.torch
-
 
 def run(op: str, values: dict[str, Any], *tensors: Tensor, format: str = "nd") -> list[Tensor]:
     """Create, infer, execute by the C++ names; outputs have the inferred shapes and share nothing with the inputs."""

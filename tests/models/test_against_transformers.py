@@ -27,7 +27,6 @@ def reference(model, tokens, dtype=torch.float32) -> list[torch.Tensor]:
     return [model(torch.tensor([t])).logits[0, n - 1 :].float() for t, n in zip(tokens, LENGTHS, strict=True)]
 
 
-@pytest.mark.model
 @pytest.mark.parametrize("fusions", [(), ("swiglu", "add_norm")], ids=["plain", "fused"])
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("name", CONFIGS)
@@ -41,7 +40,6 @@ def test_float32_logits_equal_transformers_at_prefill_and_at_every_decode_step(n
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5 * b.abs().max().item())
 
 
-@pytest.mark.model
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", ["mha", "gqa", "tied", "biases"])
@@ -62,7 +60,6 @@ def test_16_bit_error_is_at_most_a_quarter_above_that_of_transformers(name, dtyp
     assert (ours / exact) ** 0.5 <= 1.25 * (theirs / exact) ** 0.5
 
 
-@pytest.mark.model
 @pytest.mark.parametrize("attention", ATTENTION)
 def test_a_context_beyond_one_cache_block_and_the_compressed_mask_equals_transformers(attention, tmp_path):
     model = save_checkpoint(tmp_path, "gqa")
@@ -75,7 +72,6 @@ def test_a_context_beyond_one_cache_block_and_the_compressed_mask_equals_transfo
             torch.testing.assert_close(a, b, rtol=0, atol=2e-5 * b.abs().max().item())
 
 
-@pytest.mark.model
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("name", catalogue())
 def test_every_catalogue_model_shrunk_to_test_size_equals_transformers(name, attention, tmp_path):
@@ -104,7 +100,6 @@ def test_every_catalogue_model_shrunk_to_test_size_equals_transformers(name, att
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5 * b.abs().max().item())
 
 
-@pytest.mark.model
 def test_a_head_in_float32_gives_the_logits_that_bfloat16_rounds(tmp_path):
     save_checkpoint(tmp_path, "gqa").bfloat16().save_pretrained(tmp_path)  # so that both heads hold the same numbers
     tokens = sequences(96)
@@ -118,7 +113,6 @@ def test_a_head_in_float32_gives_the_logits_that_bfloat16_rounds(tmp_path):
     torch.testing.assert_close(wide.bfloat16(), plain, rtol=2**-7, atol=1e-5)
 
 
-@pytest.mark.model
 def test_layers_in_float32_among_bfloat16_ones_bring_the_logits_nearer_to_the_truth(tmp_path):
     policy = 'policy: [{nodes: "layers.*.mlp.*", layers: "0-1", dtype: float32}, {nodes: lm_head, dtype: float32}]\n'
     errors = {"": 0.0, policy: 0.0}

