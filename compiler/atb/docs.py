@@ -1,4 +1,7 @@
-"""The ATB table as a page: `python -m llmc.compiler.atb.docs > docs/atb-operations.md`."""
+"""The ATB table as a page.
+
+    python -m llmc.compiler.atb.docs > docs/atb-operations.md
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ HEAD = """# ATB operations
 
 Generated from `compiler/atb/` by `python -m llmc.compiler.atb.docs`; lowering, verification, emission and hostatb read
 the same table. Names are C++ / torch_atb. Rules and dtype rows depend on parameters and are functions there; this page
-lists what does not.
+lists what does not. Sources are sections of the maintainers' reference of ATB 8.5.0, which these tables were made from and
+which is not in this repository, and files of ATB's own sources.
 """
 
 

@@ -11,7 +11,7 @@ from llmc.compiler.checkpoint import check_config, choose_variant, read_config, 
 from llmc.compiler.diagnostics import DiagnosticError, UserError
 from llmc.compiler.source import loads
 
-pytestmark = pytest.mark.model
+pytestmark = pytest.mark.transformers
 
 # hidden, ffn, layers, heads, kv heads (None: the file has none), vocabulary, positions, eps
 PUBLISHED = {
