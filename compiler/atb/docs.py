@@ -14,7 +14,7 @@ HEAD = """# ATB operations
 
 Generated from `compiler/atb/` by `python -m llmc.compiler.atb.docs`; lowering, verification, emission and hostatb read
 the same table. Names are C++ / torch_atb. Rules and dtype rows depend on parameters and are functions there; this page
-lists what does not. Sources are sections of the maintainers' reference of ATB 8.5.0, which these tables were made from and
+lists what does not. Sources are sections of the maintainers' reference of ATB 8.5.0, from which the table was made and
 which is not in this repository, and files of ATB's own sources.
 """
 

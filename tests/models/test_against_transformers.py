@@ -75,12 +75,13 @@ def test_a_context_beyond_one_cache_block_and_the_compressed_mask_equals_transfo
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("name", catalogue())
 def test_every_catalogue_model_shrunk_to_test_size_equals_transformers(name, attention, tmp_path):
-    graph = load_model(name).graph
+    described = load_model(name)
+    graph = described.graph
     heads, kv_heads = graph.sizes["heads"], graph.sizes["kv_heads"]
     groups = min(4, kv_heads)
     sizes = {"layers": 2, "kv_heads": groups, "heads": groups * (heads // kv_heads), "ffn": 160, "vocab": 96}
     sizes |= {"hidden": 16 * sizes["heads"], "max_positions": 256}
-    tied = graph.by_name["lm_head"].weights["weight"].sources[0].tensor == "model.embed_tokens.weight"
+    said = {key: described.config[key].value for key in ("attention_bias", "mlp_bias", "tie_word_embeddings")}
     model = save_model(
         tmp_path,
         {
@@ -90,7 +91,7 @@ def test_every_catalogue_model_shrunk_to_test_size_equals_transformers(name, att
             "num_key_value_heads": groups,
             "rms_norm_eps": graph.sizes["eps"],
             "rope_parameters": {"rope_type": "default", "rope_theta": graph.rope["theta"]},
-            "tie_word_embeddings": tied,
+            **said,
         },
     )
     text = f"extends: {name}\nname: shrunk\nsizes: {sizes}\n".replace("'", "")
