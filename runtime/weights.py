@@ -1,8 +1,9 @@
 """Weights: from the safetensors files of a checkpoint to the tensors that the graph names.
 
 Enters the manifest's "weights" object and a checkpoint directory; leaves name -> tensor. Headers are read first and
-every problem is told in one table; then each tensor is read piece by piece straight into its place, so that the peak is
-the result and one buffer. Files are read, not mapped: mapped pages would count a second time.
+every problem is told in one table; then each tensor is copied into its place. A file is opened anew for each tensor:
+safetensors maps files, and mapped pages count as resident until the file is closed. So the peak is the result and one
+tensor.
 
     weights = load_weights(manifest["weights"], Path("llama-2-13b"), device="cpu")
     weights["layers.0.attn.qkv.weight"]      # [15360, 5120] from three tensors of the checkpoint
@@ -13,21 +14,18 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import torch
 from llmc.compiler.diagnostics import UserError
+from safetensors import SafetensorError, safe_open
 
 LOG = logging.getLogger("llmc.weights")
-BUFFER_BYTES = 64 << 20  # one piece in flight; large reads, small beside any model
-MAX_HEADER_BYTES = 100 << 20  # the limit of the safetensors library itself
 SUGGESTIONS = 20  # nearest names are looked for this often: each costs a pass over all names
 UNFINISHED = ".llmc-convert.json"  # `llmc convert` removes it as its last step
 BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")  # saved by old transformers, not weights
@@ -49,21 +47,12 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """One tensor of the checkpoint: where its bytes are."""
+    """One tensor of the checkpoint."""
 
     file: Path
-    dtype: str
+    name: str
+    dtype: str  # as in the header, a key of DTYPES
     shape: tuple[int, ...]
-    offset: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """Rows of a checkpoint tensor that are contiguous in its file."""
-
-    source: Stored
-    start: int
-    count: int
 
 
 def load_weights(
@@ -81,28 +70,24 @@ def load_weights(
     check(manifest_weights, stored, Path(model_path))
     made: dict[str, torch.Tensor] = {}
     result: dict[str, torch.Tensor] = {}
-    buffer = bytearray(BUFFER_BYTES)
     with _progress_bar(len(manifest_weights), progress) as advance:
         for name, weight in manifest_weights.items():
             key = json.dumps({k: v for k, v in weight.items() if k not in ("shard", "split")}, sort_keys=True)
             if key not in made:
-                made[key] = _load(weight, stored, buffer).to(device)
+                made[key] = _load(weight, stored).to(device)
             result[name] = made[key]
             advance()
     return result
 
 
-def _load(weight: Mapping[str, Any], stored: Mapping[str, Stored], buffer: bytearray) -> torch.Tensor:
+def _load(weight: Mapping[str, Any], stored: Mapping[str, Stored]) -> torch.Tensor:
+    """The sources one after the other on `axis`, in the graph's dtype."""
     target = torch.empty(weight["shape"], dtype=getattr(torch, weight["dtype"]))
     view = target.t() if weight["transpose"] else target  # laid out as in the checkpoint
     axis, at = weight["axis"], 0
     for source in weight["sources"]:
         wide = _taken(source)[axis]
-        part = view.narrow(axis, at, wide)
-        row = 0
-        for piece in _pieces(stored[source["tensor"]], source["rows"]):
-            _read(piece, part[row : row + piece.count] if part.dim() else part, buffer)
-            row += piece.count
+        _copy(stored[source["tensor"]], source["rows"], view.narrow(axis, at, wide) if view.dim() else view)
         at += wide
     return target
 
@@ -113,42 +98,16 @@ def _taken(source: Mapping[str, Any]) -> tuple[int, ...]:
     return (rows["groups"] * rows["size"], *shape[1:]) if rows else tuple(shape)
 
 
-def _pieces(source: Stored, rows: Mapping[str, int] | None) -> Iterator[Piece]:
-    if rows is None:
-        yield Piece(source=source, start=0, count=source.shape[0] if source.shape else 1)
-        return
-    for group in range(rows["groups"]):
-        yield Piece(source=source, start=group * rows["stride"] + rows["offset"], count=rows["size"])
-
-
-def _read(piece: Piece, target: torch.Tensor, buffer: bytearray) -> None:
-    """File -> target, straight when nothing is to be converted, else through the buffer."""
-    source, dtype = piece.source, DTYPES[piece.source.dtype]
-    row_shape = source.shape[1:]
-    row_bytes = math.prod(row_shape) * dtype.itemsize
-    if row_bytes == 0 or piece.count == 0:
-        return
-    with source.file.open("rb", buffering=0) as file:
-        file.seek(source.offset + piece.start * row_bytes)
-        if target.dtype == dtype and target.is_contiguous() and target.numel():
-            _fill(file, target.reshape(-1).view(torch.uint8).numpy().data, source.file)
+def _copy(source: Stored, rows: Mapping[str, int] | None, target: torch.Tensor) -> None:
+    """Checkpoint -> target: the whole tensor, or `size` rows from `offset` in each of `groups` runs of `stride`."""
+    with opened(source.file) as file:
+        if rows is None:
+            target.copy_(file.get_tensor(source.name))
             return
-        step = max(1, len(buffer) // row_bytes)
-        memory = memoryview(buffer) if row_bytes <= len(buffer) else memoryview(bytearray(row_bytes))
-        for start in range(0, piece.count, step):
-            count = min(step, piece.count - start)
-            _fill(file, memory[: count * row_bytes], source.file)
-            chunk = torch.frombuffer(memory, dtype=dtype, count=count * row_bytes // dtype.itemsize)
-            target[start : start + count].copy_(chunk.view(count, *row_shape))
-
-
-def _fill(file: Any, memory: memoryview, path: Path) -> None:
-    done = 0
-    while done < len(memory):
-        count = file.readinto(memory[done:])
-        if not count:
-            raise _damaged(path, "the file ended while it was read")
-        done += count
+        stored, size = file.get_slice(source.name), rows["size"]
+        for group in range(rows["groups"]):
+            start = group * rows["stride"] + rows["offset"]
+            target[group * size : (group + 1) * size].copy_(stored[start : start + size])
 
 
 # ---- headers
@@ -231,36 +190,28 @@ def _indexed(index: Path) -> list[Path]:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of one file. Everything that the header says is compared with the file's length."""
+    """The tensors of one file; safetensors compares what the header says with the file's length."""
+    with opened(file) as reader:
+        slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (not a mapping)
+        return {
+            name: Stored(file=file, name=name, dtype=s.get_dtype(), shape=tuple(s.get_shape()))
+            for name, s in slices.items()
+        }
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """The file as safetensors reads it; UserError for what it refuses."""
     try:
         with file.open("rb") as stream:
-            return dict(_entries(file, stream, file.stat().st_size))
+            if stream.read(8) == b"version ":
+                raise _damaged(file, "it is a Git LFS pointer, not the weights", hint="git lfs pull")
+        with safe_open(file, framework="pt") as reader:
+            yield reader
+    except SafetensorError as error:
+        raise _damaged(file, f"safetensors says {error} ({file.stat().st_size} bytes)") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}", code="E503") from None
-
-
-def _entries(file: Path, stream: BufferedReader, size: int) -> Iterator[tuple[str, Stored]]:
-    start = stream.read(8)
-    if start == b"version ":
-        raise _damaged(file, "it is a Git LFS pointer, not the weights", hint="git lfs pull")
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-        raise _damaged(file, f"no safetensors header ({size} bytes in all)")
-    try:
-        header = json.loads(stream.read(length).decode("utf-8"))
-        header.pop("__metadata__", None)
-        tensors = [
-            (n, e["dtype"], tuple(map(int, e["shape"])), *map(int, e["data_offsets"])) for n, e in header.items()
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise _damaged(file, "its header is not what safetensors writes") from None
-    data = size - 8 - length
-    for name, dtype, shape, begin, end in tensors:
-        if not 0 <= begin <= end <= data:
-            raise _damaged(file, f"{name} ends at byte {end} of the data, but there are {data}: the file is cut short")
-        if dtype in DTYPES and (min(shape, default=0) < 0 or math.prod(shape) * DTYPES[dtype].itemsize != end - begin):
-            raise _damaged(file, f"{name} is {dtype} {list(shape)}, but has {end - begin} bytes")
-        yield name, Stored(file=file, dtype=dtype, shape=shape, offset=8 + length + begin)
 
 
 def _damaged(file: Path, what: str, hint: str = "download or convert it again") -> UserError:
