@@ -10,6 +10,7 @@ A stage collects `Diagnostic`s in a `Report` and raises `DiagnosticError` once, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,11 @@ class Place:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}:{self.column}"
+
+
+def portable(place: str) -> str:
+    """A file or place as generated code may say it: as typed, but never an absolute path of this machine."""
+    return os.path.basename(place) if os.path.isabs(place) else place
 
 
 CODES: Mapping[str, str] = {

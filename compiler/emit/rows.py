@@ -12,6 +12,7 @@ from typing import Any
 
 from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.atb.core import ENUMS, AtbOp, Field
+from llmc.compiler.diagnostics import portable
 from llmc.compiler.emit.python import Call, listing, quote, statement
 from llmc.compiler.ir import AtbGraph, AtbNode, Shape, show_shape
 from llmc.compiler.passes.segment import LAYER, Segment
@@ -139,7 +140,7 @@ def _statements(graph: AtbGraph, node: AtbNode, views: dict[str, View], done: se
             lines += statement(Call(name="graph.reshape", args=[quote(source), view.name, quote(ins[index])]), 4)
     operation = Call(name="atb.Operation", args=[param_call(ATB[node.op], node.param)])
     call = Call(name="graph.add_operation", args=[operation, listing(ins), listing(node.outs)])
-    return lines + statement(call, 4, comment=str(node.place) if node.place else "tables of all layers")
+    return lines + statement(call, 4, comment=portable(str(node.place)) if node.place else "tables of all layers")
 
 
 def _view(source: Shape, target: Shape) -> View:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from llmc.compiler import artifact
@@ -57,6 +62,69 @@ def test_a_directory_that_is_no_artifact_is_not_overwritten(compiled, tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 
+def test_files_beside_an_artifact_are_not_lost(compiled, written):
+    (written / "notes.txt").write_text("precious")
+    with pytest.raises(UserError, match=r"not of an artifact: notes\.txt"):
+        artifact.write(compiled, written)
+    assert (written / "notes.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "Input/output error")], ids=repr)
+def test_the_old_artifact_comes_back_when_the_new_one_cannot_take_its_place(compiled, written, monkeypatch, error):
+    before = (written / "manifest.json").read_bytes()
+    replace = os.replace
+
+    def fail(source, target):
+        if source.name == "new":
+            raise error
+        replace(source, target)
+
+    monkeypatch.setattr(artifact.os, "replace", fail)
+    with pytest.raises((UserError, KeyboardInterrupt)):
+        artifact.write(compiled, written)
+    assert (written / "manifest.json").read_bytes() == before
+    assert [p.name for p in written.parent.iterdir()] == ["out"]
+
+
+def test_many_writers_of_one_target_leave_one_whole_artifact(compiled, tmp_path):
+    path = tmp_path / "out"
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(artifact.write, compiled, path) for _ in range(24)]:
+            done.result()
+    artifact.read(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
+    command = f"ulimit -f 8; {sys.executable} -m llmc.compiler.cli compile smollm2-135m -o {tmp_path / 'out'}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "cannot write" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_absolute_path_of_this_machine_is_written(tmp_path, monkeypatch):
+    text = "extends: llama2-7b\nname: mine\ngraph: {norm: {op: rms_norm, x: layers.x, eps: eps, weight: n.weight}}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    made = artifact.files_of(compile_model(str(tmp_path / "mine.yaml"), Options()))
+    assert not [name for name, text in made.items() if str(tmp_path) in text]
+    assert "# mine.yaml:3:9" in made["prefill.py"]
+    assert '"mine.yaml"' in made["manifest.json"]
+    monkeypatch.chdir(tmp_path)
+    assert artifact.files_of(compile_model("./mine.yaml", Options())) == made
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    assert "# ../mine.yaml:3:9" in artifact.files_of(compile_model("../mine.yaml", Options()))["prefill.py"]
+
+
+def forge(path, **values):
+    """A manifest that fits its own hash."""
+    body = {k: v for k, v in {**json.loads(path.read_text()), **values}.items() if v is not None and k != "sha256"}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**body, "sha256": digest}))
+
+
 def test_an_interrupted_write_leaves_the_old_artifact(compiled, written, monkeypatch):
     before = (written / "manifest.json").read_bytes()
     monkeypatch.setattr(
@@ -83,6 +151,8 @@ def change(path, **values):
         (lambda p: change(p / "manifest.json", format=99), "newer format 99"),
         (lambda p: change(p / "manifest.json", format=0), "older or foreign format 0"),
         (lambda p: change(p / "manifest.json", dtype="float16"), "changed after it was written"),
+        (lambda p: forge(p / "manifest.json", weights=None, files=None), "lacks files, weights"),
+        (lambda p: forge(p / "manifest.json", files={}), "names the module decode.py but not its sha256"),
         (lambda p: (p / "decode.py").unlink(), "decode.py is missing"),
         (lambda p: (p / "decode.py").write_text("import os"), "decode.py was changed"),
         (lambda p: os.truncate(p / "prefill.py", 100), "prefill.py was changed"),
@@ -95,6 +165,8 @@ def change(path, **values):
         "newer",
         "older",
         "edited",
+        "without keys",
+        "without files",
         "missing",
         "foreign code",
         "cut code",
