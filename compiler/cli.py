@@ -159,19 +159,22 @@ def compile_command(args: argparse.Namespace) -> int:
 
     start = time.perf_counter()
     compiled = compile_model(args.graph, _options(args), until=args.until)
-    if args.print:
-        for phase, result in compiled.phases.items():
-            print(f"--- {phase}\n{show.show_result(result)}")
+    graphs = {phase: show.show_result(result) for phase, result in compiled.phases.items()} if args.print else {}
     if args.until:
-        return 0
-    target = args.output or Path("build") / artifact.default_name(compiled)
-    artifact.write(compiled, target)
-    seconds = time.perf_counter() - start
-    _note_support(compiled)
+        facts: dict[str, Any] = {"model": compiled.model.name, "until": args.until}
+        closing = f"{args.graph}: ok up to the pass {args.until}; nothing is written"
+    else:
+        target = args.output or Path("build") / artifact.default_name(compiled)
+        artifact.write(compiled, target)
+        facts = {"path": str(target), **show.summary(compiled)}
+        closing = f"{target}: {show.summary_line(compiled)} ({time.perf_counter() - start:.2f} s)"
+        _note_support(compiled)
     if args.json:
-        print(json.dumps({"ok": True, "path": str(target), **show.summary(compiled)}, indent=1))
-    elif not args.print:
-        print(f"{target}: {show.summary_line(compiled)} ({seconds:.2f} s)")
+        print(json.dumps({"ok": True, **facts, **({"graphs": graphs} if graphs else {})}, indent=1))
+        return 0
+    for phase, text in graphs.items():
+        print(f"--- {phase}\n{text}")
+    print(closing)
     return 0
 
 

@@ -36,8 +36,12 @@ QUESTION = "What's deep learning?"
 
 def add_demo_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of `llmc demo`."""
+    from llmc.runtime.flags import positive
+
     parser.add_argument("question", nargs="?", default=QUESTION, help=f"default: {QUESTION}")
-    parser.add_argument("--max-output-length", "--max_output_length", type=int, default=128, help="tokens; default 128")
+    parser.add_argument(
+        "--max-output-length", "--max_output_length", type=positive, default=128, help="tokens; default 128"
+    )
     parser.add_argument(
         "--cache-dir", type=Path, help="where the weights are kept; default LLMC_CACHE or ~/.cache/llmc"
     )

@@ -42,6 +42,29 @@ def test_until_a_pass_prints_the_graph_and_writes_nothing(name, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+def test_until_a_pass_says_that_nothing_was_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["compile", "smollm2-135m", "--until", "types"]) == 0
+    assert capsys.readouterr().out == "smollm2-135m: ok up to the pass types; nothing is written\n"
+    assert main(["compile", "smollm2-135m", "--until", "types", "--print", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["ok"], facts["until"]) == (True, "types")
+    assert "attn.qkv" in facts["graphs"]["model"]
+
+
+def test_json_is_one_object_also_when_the_graph_is_printed(tmp_path, capsys):
+    assert main(["compile", "smollm2-135m", "--print", "--json", "-o", str(tmp_path / "out")]) == 0
+    assert sorted(json.loads(capsys.readouterr().out)["graphs"]) == ["decode", "prefill"]
+
+
+@pytest.mark.parametrize("length", ["0", "-3", "x"])
+def test_the_demo_refuses_a_length_that_is_none(length, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--max-output-length", length])
+    assert stop.value.code == 2
+    assert f"'{length}' is not a whole number of at least 1" in capsys.readouterr().err
+
+
 def test_a_bad_file_gives_place_caret_and_exit_code_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.yaml").write_text("extends: families/llama\nnaem: bad\n")
