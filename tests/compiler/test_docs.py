@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 from llmc.compiler.atb.docs import page
@@ -12,10 +13,18 @@ from llmc.compiler.source import loads
 
 DOCS = Path(__file__).parents[2] / "docs"
 BASE = "extends: llama2-7b\nname: example\n"  # what docs/language.md says that an addition is added to
+
+
+def blocks(path: Path) -> list[str]:
+    """The YAML that a page shows, out of its lists."""
+    found = re.findall(r"^ *```yaml\n(.*?)^ *```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [dedent(block) for block in found]
+
+
 EXAMPLES = [
     pytest.param(block if re.search("^name:", block, re.MULTILINE) else BASE + block, id=f"{path.stem}-{number}")
     for path in sorted(DOCS.glob("*.md"))
-    for number, block in enumerate(re.findall(r"^ *```yaml\n(.*?)^ *```", path.read_text(), re.DOTALL | re.MULTILINE))
+    for number, block in enumerate(blocks(path))
 ]
 
 
