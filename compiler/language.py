@@ -275,8 +275,8 @@ class Language(Reader):
                 continue
             kind = "is" if "is" in rule.items else "text"
             expected = self.rule_value(rule.items[kind], f"{what}.{kind}", kind)
-            default = self.rule_value(rule.items["or"], f"{what}.or", kind) if "or" in rule.items else None
-            if expected is not None:
+            if expected is not None:  # else the default, mostly the same expression, would repeat the mistake
+                default = self.rule_value(rule.items["or"], f"{what}.or", kind) if "or" in rule.items else None
                 rules[key] = Rule(value=expected, default=default, place=self.origin(rule.items[kind]).place)
         return rules
 
