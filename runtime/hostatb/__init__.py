@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llmc.compiler.atb.core import AtbError
+from llmc.runtime.hostatb.builder import Builder
 from llmc.runtime.hostatb.graph import GraphBuilder
 from llmc.runtime.hostatb.numeric import format_of, set_format
 from llmc.runtime.hostatb.operation import Operation, Prof, current_chip, set_buffer_size, use_chip
@@ -23,10 +24,13 @@ from llmc.runtime.hostatb.params import BOUND, TOP_ENUMS, UNBOUND
 
 unbound = SimpleNamespace(**UNBOUND)
 
-_GENERATED: dict[str, Any] = {**{name: enum for name, enum in TOP_ENUMS.items() if "." not in name}, **BOUND}
+_ENUMS = {name: enum for name, enum in TOP_ENUMS.items() if "." not in name}
+# torch_atb exports the members too: torch_atb.ACL_FLOAT16 is torch_atb.AclDataType.ACL_FLOAT16.
+_GENERATED: dict[str, Any] = {**{m.name: m for enum in _ENUMS.values() for m in enum}, **_ENUMS, **BOUND}
 
 __all__ = [
     "AtbError",
+    "Builder",
     "GraphBuilder",
     "Operation",
     "Prof",
