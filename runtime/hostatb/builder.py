@@ -27,8 +27,8 @@ WITHOUT_OVERLOAD = ("PagedAttentionParam", "FaUpdateParam")
 class Node:
     """What `add_node` gives. As in torch_atb it is a copy: the graph does not see changes to it."""
 
-    inTensorIds: list[str]  # noqa: N815 (torch_atb's name)
-    outTensorIds: list[str]  # noqa: N815 (torch_atb's name)
+    inTensorIds: list[str]  # torch_atb's spelling
+    outTensorIds: list[str]  # torch_atb's spelling
     operation: str
     stream_id: int = 0
 
