@@ -79,7 +79,8 @@ def phase_text(compiled: Compiled, phase: str) -> str:
 def make_manifest(compiled: Compiled) -> dict[str, Any]:
     """Everything that the runtime binds by name."""
     o, graph = compiled.options, compiled.graph
-    tensors = {name: t for low in compiled.lowered.values() for name, t in low.tensors.items()}
+    # An input of both phases has prefill's shape, the general one: in decode T is B.
+    tensors = {name: t for low in reversed(list(compiled.lowered.values())) for name, t in low.tensors.items()}
     roles = {role: {n: t for n, t in tensors.items() if t.role == role} for role in ("input", "constant", "cache")}
     return {
         "format": FORMAT,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import index as index_of
 from typing import Any
 
 import torch
@@ -100,6 +101,8 @@ class Engine:
         stream_callback: StreamCallback | None = None,
     ) -> list[Output]:
         """All answers, in the order of the prompts. Refuses before anything runs when one prompt cannot."""
+        if isinstance(prompts, str):
+            raise UserError("the prompts must be a list; found one text", hint="[text]")
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(prompts):
             raise UserError(f"{len(prompts)} prompts but {len(each)} sampling parameters")
@@ -138,7 +141,10 @@ class Engine:
                 raise UserError(f"prompt {index} is text, and there is no tokenizer", hint="give token ids")
             ids = self.tokenizer.encode(prompt)
         else:
-            ids = list(prompt)
+            try:
+                ids = [index_of(token) for token in prompt]
+            except TypeError:
+                raise UserError(f"prompt {index} must be a text or token ids; found {str(prompt)[:60]}") from None
         vocab = self.manifest.get("sizes", {}).get("vocab")
         wrong = [t for t in ids if t < 0 or (vocab and t >= vocab)]
         if wrong:

@@ -8,7 +8,7 @@ Tensors are bound by the names of the manifest. Nothing here knows a model: orde
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -33,16 +33,10 @@ class Executor:
     ) -> None:
         self.manifest = artifact.manifest
         self.tensors: dict[str, torch.Tensor] = {**weights, **constants, **caches}
-        missing = [
-            name
-            for kind in ("weights", "constants", "caches")
-            for name in self.manifest[kind]
-            if name not in self.tensors
-        ]
-        if missing:
-            raise UserError(
-                f"{len(missing)} tensors of the artifact are not given: {', '.join(missing[:5])}", code="E503"
-            )
+        if problems := list(mismatches(self.manifest, self.tensors)):
+            more = [f"  and {len(problems) - 20} more"] if len(problems) > 20 else []
+            lines = [f"{len(problems)} tensors are not what the artifact needs:", *problems[:20], *more]
+            raise UserError("\n".join(lines), code="E503")
         if hasattr(atb, "use_chip"):  # hostatb obeys the rules of the chip that the artifact was compiled for
             atb.use_chip(self.manifest["chip"])
         self.phases: dict[str, list[tuple[Any, list[str], list[str]]]] = {}
@@ -57,11 +51,35 @@ class Executor:
     def run(self, phase: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """One step. `inputs`: the phase's inputs by name; a cache given here stands in for the one of that name (flash
         attention runs on some rows of its caches). Returns logits [B, vocab]."""
+        if phase not in self.phases:
+            raise UserError(f"the artifact has no phase {phase!r}", hint=f"one of {', '.join(self.phases)}")
+        missing = [name for name in self.manifest["phases"][phase]["inputs"] if name not in inputs]
+        if missing:
+            raise UserError(f"{phase} needs the inputs {', '.join(missing)}")
         live: dict[str, torch.Tensor] = {**self.tensors, **inputs}
         for operation, names, outputs in self.phases[phase]:
             results = operation.forward([live[name] for name in names])
             live.update(zip(outputs, results, strict=True))
         return live["logits"]
+
+
+def mismatches(manifest: Mapping[str, Any], tensors: Mapping[str, Any]) -> Iterator[str]:
+    """A line for every tensor that is missing or not as the manifest says. A symbol (N blocks, P positions, ...) is
+    what the first tensor that has it says."""
+    symbols: dict[str, int] = {}
+    for kind in ("weights", "constants", "caches"):
+        for name, entry in manifest[kind].items():
+            given = tensors.get(name)
+            if not isinstance(given, torch.Tensor):
+                yield f"  {name}: {'missing' if given is None else f'a {type(given).__name__}, not a tensor'}"
+                continue
+            shape, dtype = list(given.shape), str(given.dtype).removeprefix("torch.")
+            wanted = list(entry["shape"])
+            if len(wanted) == len(shape) and entry["format"] == "nd":  # nz has a layout of its own
+                pairs = zip(wanted, shape, strict=True)
+                wanted = [symbols.setdefault(w, s) if isinstance(w, str) else w for w, s in pairs]
+            if dtype != entry["dtype"] or (shape != wanted and entry["format"] == "nd"):
+                yield f"  {name}: found {dtype} {shape}, needed {entry['dtype']} [{', '.join(map(str, wanted))}]"
 
 
 def load_module(artifact: Artifact, name: str) -> dict[str, Any]:

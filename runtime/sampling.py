@@ -51,7 +51,11 @@ class SamplingParams:
             for name, want, ok in RANGES
             if not self._in(name, ok)
         ]
-        if len(self.stop) > 1024 or any(not isinstance(s, str) or not 0 < len(s) <= 1024 for s in self.stop):
+        if (
+            not isinstance(self.stop, (list, tuple))
+            or len(self.stop) > 1024
+            or any(not isinstance(s, str) or not 0 < len(s) <= 1024 for s in self.stop)
+        ):
             problems.append("stop must be at most 1024 strings of 1 to 1024 characters")
         if problems:
             raise UserError("sampling parameters: " + "; ".join(problems))

@@ -168,3 +168,9 @@ def test_all_problems_are_told_at_once():
         SamplingParams(top_p=2, top_k=-5)
     assert "top_p" in str(error.value)
     assert "top_k" in str(error.value)
+
+
+@pytest.mark.parametrize("stop", [3, {"a"}, ("",), (1,)])
+def test_stop_must_be_strings(stop):
+    with pytest.raises(UserError, match="stop must be"):
+        SamplingParams(stop=stop)
