@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from llmc.compiler.atb import OPS as ATB
-from llmc.compiler.atb.core import DTYPE_BYTES
 from llmc.compiler.diagnostics import UserError, portable
 from llmc.compiler.emit.render import render
 from llmc.compiler.emit.rows import graph_name, python_rows
 from llmc.compiler.ir import AtbGraph, AtbTensor, Weight
+from llmc.compiler.memory import memory_plan
 from llmc.compiler.passes.phase import PHASES
 from llmc.compiler.passes.segment import Segment
 from llmc.compiler.pipeline import Compiled
@@ -99,7 +99,7 @@ def make_manifest(compiled: Compiled) -> dict[str, Any]:
         "constants": {n: _constant(n, t, compiled) for n, t in roles["constant"].items()},
         "caches": {n: _describe(t) for n, t in roles["cache"].items()},
         "weights": {name: describe_weight(w) for name, w in graph.weights.items()},
-        "memory": _memory(graph.weights, roles["cache"]),
+        "memory": memory_plan(graph.weights, compiled.lowered),
         "phases": {phase: _phase(compiled, phase) for phase in compiled.segments},
     }
 
@@ -163,25 +163,6 @@ def describe_weight(weight: Weight) -> dict[str, Any]:
         "shard": weight.type.shard,
         "split": weight.split,
     }
-
-
-def _memory(weights: Mapping[str, Weight], caches: Mapping[str, AtbTensor]) -> dict[str, int]:
-    """Bytes per rank: all weights (a tied one once), and the cache of one position of one sequence."""
-    unique = {(tuple((s.tensor, s.rows) for s in w.sources), w.type): w.type for w in weights.values()}
-    per_token = sum(_bytes(t.dtype, [d for d in t.shape if isinstance(d, int)]) for t in caches.values())
-    blocks = {t.shape[1] for t in caches.values() if t.shape[0] == "N"}
-    block_size = next((b for b in blocks if isinstance(b, int)), 1)
-    return {
-        "weight_bytes": sum(_bytes(t.dtype, t.shape) for t in unique.values()),
-        "cache_bytes_per_token": per_token // block_size,
-    }
-
-
-def _bytes(dtype: str, shape: Any) -> int:
-    count = DTYPE_BYTES[dtype]
-    for dim in shape:
-        count *= dim
-    return count
 
 
 def write(compiled: Compiled, target: Path) -> None:

@@ -177,3 +177,12 @@ def test_a_damaged_artifact_is_refused_with_its_path_and_the_reason(written, dam
     with pytest.raises(UserError, match=words) as error:
         artifact.read(written)
     assert str(written) in str(error.value)
+
+
+def test_the_memory_plan_counts_the_activations_that_live_together(written):
+    """At the widest point of SmolLM2's layer, the gate_up product (2 x 1536) and its source or gated half, beside the
+    residual (576) and the rope rows (2 x 64), float32."""
+    plan = artifact.read(written).manifest["memory"]["activation_bytes_per_token"]
+    residual, tables, packed, normed, gated = 576, 2 * 64, 2 * 1536, 576, 1536
+    widest = residual + tables + packed + max(normed, gated)
+    assert plan == {"prefill": 4 * widest, "decode": 4 * widest}
