@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -160,13 +161,15 @@ def _fast(path: Path) -> tuple[Any, Any, Any, frozenset[int]]:
 
 def _sentencepiece(path: Path) -> tuple[Any, Any, Any, frozenset[int]]:
     try:
+        for package in ("sentencepiece", "google.protobuf"):  # transformers asks for tiktoken where one is missing
+            importlib.import_module(package)
         from transformers import AutoTokenizer
 
         slow = AutoTokenizer.from_pretrained(str(path))
     except ImportError as error:
         raise UserError(
-            f"{path} has tokenizer.model but no tokenizer.json, and reading it needs transformers and sentencepiece "
-            f"({error})",
+            f"{path} has tokenizer.model but no tokenizer.json, and reading it needs transformers, sentencepiece and "
+            f"protobuf ({error})",
             hint="pip install 'llmc[convert]'",
         ) from None
     except Exception as error:  # transformers raises many kinds for a damaged file

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmc.compiler.diagnostics import UserError
@@ -226,3 +227,21 @@ def test_named_templates_give_the_default_and_a_file_wins(checkpoint, tmp_path):
     assert load_tokenizer(tmp_path).chat([]) == "D"
     (tmp_path / "chat_template.jinja").write_text("F")
     assert load_tokenizer(tmp_path).chat([]) == "F"
+
+
+def test_tokenizer_model_alone_gives_the_ids_of_sentencepiece(tmp_path):
+    (tmp_path / "corpus.txt").write_text("\n".join(CORPUS), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=330, model_type="bpe",
+        byte_fallback=True, remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
+    )  # fmt: skip
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+    config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2}))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    ours = load_tokenizer(tmp_path)
+    for text in ("Hello world", "two  spaces", "naïve 你好 😀!", "the fox"):
+        ids = ours.encode(text)
+        assert ids == [1, *reference.encode(text)]
+        assert ours.decode(ids) == text
