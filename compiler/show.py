@@ -73,11 +73,16 @@ def summary(compiled: Compiled) -> dict[str, Any]:
 def summary_line(compiled: Compiled) -> str:
     facts = summary(compiled)
     phases = "; ".join(
-        f"{phase} {facts['operations'][phase]} operations in {len(facts['segments'][phase])} segments"
-        for phase in facts["segments"]
+        f"{phase} {facts['operations'][phase]} operations in {_count(len(parts), 'segment')}"
+        for phase, parts in facts["segments"].items()
     )
-    gib = facts["weight_bytes"] / 2**30
-    return f"{phases}; weights {gib:.2f} GiB, cache {facts['cache_bytes_per_token'] / 1024:.1f} KiB per token"
+    size = facts["weight_bytes"]
+    weights = f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
+    return f"{phases}; weights {weights}, cache {facts['cache_bytes_per_token'] / 1024:.1f} KiB per token"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def show_model(compiled: Compiled) -> str:

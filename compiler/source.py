@@ -90,7 +90,7 @@ def load(path_or_name: str | os.PathLike[str]) -> Document:
     report = Report({})
     path = _find(typed)
     if path is None:
-        report.add("E001", _why_not(typed), likely=did_you_mean(_stem(typed), catalogue()))
+        report.add("E001", _why_not(typed), likely=_way_out(typed))
         report.raise_if_any()
     assert path is not None
     return _Chain(report).load(path)
@@ -138,6 +138,13 @@ def _why_not(typed: str) -> str:
     except ValueError as error:
         return f"cannot read {typed!r}: {error}"
     return f"cannot read {typed!r}: it is a directory" if stat.S_ISDIR(mode) else f"{typed!r} is not a regular file"
+
+
+def _way_out(typed: str) -> str:
+    """A checkpoint is easily taken for its description."""
+    if os.path.isfile(os.path.join(typed, "config.json")):
+        return f"describe that checkpoint: llmc init --model-path {typed} > mine.yaml"
+    return did_you_mean(_stem(typed), catalogue())
 
 
 def _display(path: str) -> str:

@@ -99,6 +99,7 @@ class Engine:
         prompts: Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         stream_callback: StreamCallback | None = None,
+        on_step: Callable[[Step], None] = lambda step: None,
     ) -> list[Output]:
         """All answers, in the order of the prompts. Refuses before anything runs when one prompt cannot."""
         if isinstance(prompts, str):
@@ -113,6 +114,7 @@ class Engine:
             jobs = list(self._jobs.values())
             while self.scheduler.busy:
                 self._step(stream_callback)
+                on_step(self.steps[-1])
         finally:
             self.scheduler.clear()  # also after an error or an interrupt
             self._jobs = {}

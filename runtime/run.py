@@ -34,7 +34,7 @@ from llmc.runtime.flags import DEFAULT_QUESTION, attention_of, check_run_flags, 
 from llmc.runtime.runner import is_paged, make_caches, make_constants
 from llmc.runtime.sampling import SamplingParams
 from llmc.runtime.tokenizer import Tokenizer, load_tokenizer
-from llmc.runtime.weights import check_directory, load_weights
+from llmc.runtime.weights import check_directory, load_weights, progress_bar
 
 TORCH_DEVICE = re.compile(r"(?P<kind>cpu|cuda|npu)(?::(?P<index>[0-9]{1,3}))?")
 Message = dict[str, str]  # {"role": "user", "content": text}
@@ -60,7 +60,14 @@ def run(args: argparse.Namespace) -> int:
         callback = (lambda i, text: print(text, end="", flush=True)) if streams(args, ids) else None
         if callback:
             print(f"Question[0]: {shown(prompts[0])}\nAnswer[0]: ", end="", flush=True)
-        outputs = engine.generate(ids, params, callback)
+        bar = not (args.quiet or args.json or callback)
+        try:
+            with progress_bar("tokens", len(ids) * params.max_tokens, bar) as advance:
+                outputs = engine.generate(ids, params, callback, lambda step: advance(step.tokens_out))
+        except KeyboardInterrupt:
+            if callback:
+                print()  # what was streamed stays a line of its own
+            raise
     if args.json:
         print(json.dumps(report(artifact.manifest, prompts, outputs, engine, loading)))
     else:
@@ -310,14 +317,16 @@ def make_engine(
 
 
 def timing(outputs: Sequence[Output], engine: Engine) -> dict[str, float]:
-    """Prefill: all prefill steps. Per token: the mean decode step, of the whole batch. Rates: tokens / time."""
+    """Prefill: all prefill steps. Per token: the mean decode step, of the whole batch. Rates: tokens / time. A sequence
+    that lost its cache to others is read again, and counts again."""
     prefill = sum(s.seconds for s in engine.steps if s.phase == "prefill")
+    read = sum(s.tokens_in for s in engine.steps if s.phase == "prefill")
     decode = [s for s in engine.steps if s.phase == "decode"]
     decode_s, decoded = sum(s.seconds for s in decode), sum(s.tokens_out for s in decode)
     generated = sum(o.generated_tokens for o in outputs)
     return {
         "prefill_ms": prefill * 1e3,
-        "prefill_tokens_per_s": sum(o.prompt_tokens for o in outputs) / prefill if prefill else 0.0,
+        "prefill_tokens_per_s": read / prefill if prefill else 0.0,
         "decode_ms_per_token": decode_s / len(decode) * 1e3 if decode else 0.0,
         "decode_tokens_per_s": decoded / decode_s if decode_s else 0.0,
         "tokens_per_s": generated / (prefill + decode_s) if generated else 0.0,
@@ -344,9 +353,10 @@ def print_answers(prompts: Sequence[Prompt], outputs: Sequence[Output], engine: 
         print(f"Generate[{i}] token num: {output.generated_tokens}")
         print(f"Input[{i}] token num: {output.prompt_tokens}, finished by {output.finish_reason}")
     t = timing(outputs, engine)
+    decode = f"decode {t['decode_ms_per_token']:.2f} ms per token ({t['decode_tokens_per_s']:.1f} tokens/s)"
     print(
         f"prefill {t['prefill_ms']:.1f} ms ({t['prefill_tokens_per_s']:.1f} tokens/s), "
-        f"decode {t['decode_ms_per_token']:.2f} ms per token ({t['decode_tokens_per_s']:.1f} tokens/s), "
+        f"{decode if t['decode_tokens_per_s'] else 'no decode step'}, "
         f"all {t['total_ms']:.1f} ms ({t['tokens_per_s']:.1f} tokens/s)"
     )
 

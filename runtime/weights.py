@@ -15,7 +15,7 @@ import difflib
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,13 +70,13 @@ def load_weights(
     check(manifest_weights, stored, Path(model_path))
     made: dict[str, torch.Tensor] = {}
     result: dict[str, torch.Tensor] = {}
-    with _progress_bar(len(manifest_weights), progress) as advance:
+    with progress_bar("weights", len(manifest_weights), progress) as advance:
         for name, weight in manifest_weights.items():
             key = json.dumps({k: v for k, v in weight.items() if k not in ("shard", "split")}, sort_keys=True)
             if key not in made:
                 made[key] = _load(weight, stored).to(device)
             result[name] = made[key]
-            advance()
+            advance(1)
     return result
 
 
@@ -271,14 +271,14 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 @contextmanager
-def _progress_bar(total: int, wanted: bool) -> Iterator[Any]:
+def progress_bar(what: str, total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
     """rich on a terminal's stderr, nothing elsewhere."""
-    if not (wanted and sys.stderr.isatty()):
-        yield lambda: None
+    if not (wanted and sys.stderr and sys.stderr.isatty()):
+        yield lambda count: None
         return
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("weights", total=total)
-        yield lambda: bar.advance(task)
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)

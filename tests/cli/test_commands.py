@@ -95,6 +95,7 @@ def test_problems_as_json_are_one_object_on_stdout(tmp_path, capsys):
         (["compile", "llama2-7b", "--tp", "3"], "world size 3"),
         (["compile", "llama2-7b", "--layers-per-segment", "-1"], "layers-per-segment"),
         (["compile", "no-such-model"], "no-such-model"),
+        (["compile", "graphs"], "cannot read 'graphs'"),
         (["ops", "linaer"], "did you mean 'linear'"),
         (["run", "--model-path", "no/such/folder"], "no/such/folder"),
         (["convert", "no/such/folder"], "no/such/folder"),
@@ -146,6 +147,17 @@ def test_init_prints_a_variant_that_compiles(tmp_path, capsys):
     path = tmp_path / "mine.yaml"
     path.write_text(capsys.readouterr().out)
     assert main(["check", str(path)]) == 0
+
+
+def test_a_checkpoint_taken_for_a_description_is_pointed_to_init(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["compile", str(tmp_path)]) == 1
+    assert f"llmc init --model-path {tmp_path}" in capsys.readouterr().err
+
+
+def test_the_closing_line_says_small_weights_in_mib(tmp_path, capsys):
+    assert main(["check", "smollm2-135m"]) == 0
+    assert "weights 256.57 MiB" in capsys.readouterr().out  # 134,515,008 published parameters of 2 bytes
 
 
 def test_output_into_a_closed_pipe_is_no_traceback():

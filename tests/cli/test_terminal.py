@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -117,7 +118,7 @@ def test_an_interrupt_ends_with_one_word_and_code_130(words, when):
     assert "Generate[0]" not in out
 
 
-def test_torch_does_not_import_a_backend_by_itself(words, tmp_path):
+def test_torch_does_not_import_a_backend_by_itself(words, tmp_path, monkeypatch):
     """torch_npu is found through such an entry point, and would come before its environment is set."""
     (tmp_path / "early.py").write_text("def load():\n    print('EARLY')\n")
     info = tmp_path / "early-1.dist-info"
@@ -125,6 +126,7 @@ def test_torch_does_not_import_a_backend_by_itself(words, tmp_path):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: early\nVersion: 1\n")
     (info / "entry_points.txt").write_text("[torch.backends]\nearly = early:load\n")
     path = {"PYTHONPATH": str(tmp_path)}
+    monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)  # `main` in this process may have set it
     control = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, env={**os.environ, **path})
     assert b"EARLY" in control.stdout
     result = llmc(*words, "--max-output-length", "2", **path)
@@ -132,6 +134,23 @@ def test_torch_does_not_import_a_backend_by_itself(words, tmp_path):
     assert b"EARLY" not in result.stdout
     kept = llmc(*words, "--max-output-length", "2", TORCH_DEVICE_BACKEND_AUTOLOAD="1", **path)
     assert b"EARLY" in kept.stdout  # the user's value wins
+
+
+def test_a_terminal_sees_progress_on_stderr_and_stdout_stays_clean(words):
+    """The bar is for eyes: it goes to a terminal on stderr, never into a file."""
+    master, slave = os.openpty()
+    command = [*LLMC, *words, "--input-ids", "5", "6", "--load-tokenizer", "False", "--max-output-length", "200"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave, text=True) as process:
+        os.close(slave)
+        seen = b""
+        with contextlib.suppress(OSError):  # the terminal's end
+            while chunk := os.read(master, 4096):
+                seen += chunk
+        out = process.communicate(timeout=60)[0]
+    os.close(master)
+    assert b"tokens" in seen
+    assert out.count("\n") == 9  # four lines an answer and the closing line
+    assert "\x1b" not in out
 
 
 def test_a_misspelt_flag_is_a_short_message():

@@ -226,6 +226,11 @@ def test_printed_rates_follow_from_the_printed_times(checkpoint, capsys):
     assert t["decode_ms_per_token"] <= mean
 
 
+def test_one_token_has_no_decode_time(checkpoint, capsys):
+    assert run(checkpoint, "--input-ids", "1,5,9", "--ignore-eos", "--max-output-length", "1") == 0
+    assert "no decode step" in capsys.readouterr().out
+
+
 def test_a_conversation_goes_through_the_chat_template(checkpoint, capsys, tmp_path):
     messages = [{"role": r, "content": c} for r, c in (("user", "w5"), ("assistant", "w6"), ("user", "w7 w8"))]
     put(tmp_path, "a.jsonl", json.dumps(messages) + "\n" + json.dumps({"messages": messages[:1]}) + "\n")
