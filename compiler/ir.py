@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import networkx as nx
 from llmc.compiler.diagnostics import Place
 
 Dim = int | str
@@ -127,17 +126,6 @@ class Graph:
             for value in dict.fromkeys(node.inputs.values()):
                 found.setdefault(value, []).append(node)
         return {value: tuple(nodes) for value, nodes in found.items()}
-
-    @cached_property
-    def nx(self) -> nx.DiGraph:
-        """Nodes by name; an edge for every value read, with `value` and `slot`."""
-        graph = nx.DiGraph()
-        graph.add_nodes_from(node.name for node in self.nodes)
-        for node in self.nodes:
-            for slot, value in node.inputs.items():
-                if value in self.producer:
-                    graph.add_edge(self.producer[value].name, node.name, value=value, slot=slot)
-        return graph
 
     def with_nodes(self, nodes: Iterable[Node], **changes: Any) -> Graph:
         """The graph with other nodes; types of values that no longer exist are dropped."""

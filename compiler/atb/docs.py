@@ -1,6 +1,6 @@
 """The ATB table as a page.
 
-    python -m llmc.compiler.atb.docs > docs/atb-operations.md
+python -m llmc.compiler.atb.docs > docs/atb-operations.md
 """
 
 from __future__ import annotations
