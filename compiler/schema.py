@@ -13,13 +13,15 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from llmc.compiler import reading
 from llmc.compiler.hardware import ATTENTION, DTYPES, known_devices
-from llmc.compiler.language import BLOCK_KEYS, INPUTS, MODEL_KEYS, PAIRINGS, SCALINGS
+from llmc.compiler.language import BLOCK_KEYS, INPUTS, MODEL_KEYS, MODEL_NAME, PAIRINGS, PATTERN, SCALINGS
 from llmc.compiler.ops import FAMILIES, OPS, Attr, Op
 from llmc.compiler.source import GRAPHS
 
-NAME = "^[A-Za-z_][A-Za-z0-9_]*$"
-EDGE = {"type": "string", "pattern": r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$"}
+WORD = reading.NAME.pattern
+NAME = f"^{WORD}$"
+EDGE = {"type": "string", "pattern": rf"^{WORD}(\.{WORD})*$"}
 EXPRESSION = {"type": ["integer", "number", "string"], "description": "a number, or an expression over sizes"}
 TENSOR = {"type": "string", "description": "name in the checkpoint; {i} is the iteration"}
 REMOVE = {"type": "null", "description": "removes what the extended file says"}
@@ -29,7 +31,7 @@ def schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a model file."""
     properties = {
         "extends": {"type": "string", "description": "file whose contents this one changes"},
-        "name": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"},
+        "name": {"type": "string", "pattern": f"^{MODEL_NAME.pattern}$"},
         "sizes": table(EXPRESSION),
         "dtype": {"enum": list(DTYPES)},
         "rope": {"$ref": "#/$defs/rope"},
@@ -66,7 +68,7 @@ def schema() -> dict[str, Any]:
         ),
         "policy": settings(
             {
-                "nodes": {"type": "string", "pattern": "^[A-Za-z0-9_.*]+$"},
+                "nodes": {"type": "string", "pattern": f"^{PATTERN.pattern}$"},
                 "layers": {"type": ["integer", "string"], "pattern": "^[0-9]+(-[0-9]+)?$", "minimum": 0},
                 "dtype": {"enum": list(DTYPES)},
             },

@@ -14,9 +14,8 @@ from collections import deque
 from typing import ClassVar, Protocol
 
 from llmc.compiler.diagnostics import UserError
+from llmc.compiler.ops.attention import BLOCK_SIZE
 from llmc.runtime.sequence import Sequence
-
-BLOCK_SIZE = 128
 
 
 class CacheRoom(Protocol):

