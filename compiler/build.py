@@ -186,8 +186,9 @@ class _Expansion:
         known = [*scope.values, *(scope.parent.values if scope.parent else ())]
         outputs = [name for name in known if name.startswith(f"{ref.text}.")]
         if outputs:
-            self.once("E201", f"'{ref.text}' has several outputs; say which", ref.place,
-                      needed=f"one of {', '.join(outputs)}")  # fmt: skip
+            self.once(
+                "E201", f"'{ref.text}' has several outputs; say which", ref.place, needed=f"one of {', '.join(outputs)}"
+            )
         else:
             self.once("E201", f"there is no '{ref.text}' here", ref.place, likely=did_you_mean(ref.text, known))
 
@@ -206,8 +207,9 @@ class _Expansion:
         except nx.NetworkXUnfeasible:
             loop = [a for a, *_ in nx.find_cycle(graph)]
             names = [self.instances[number].name for number in (*loop, loop[0])]
-            self.report.add("E202", f"'{names[0]}' needs itself", self.instances[loop[0]].node.place,
-                            found=" -> ".join(names))  # fmt: skip
+            self.report.add(
+                "E202", f"'{names[0]}' needs itself", self.instances[loop[0]].node.place, found=" -> ".join(names)
+            )
             return []
         alive = {makers[value] for value in outputs.values() if value in makers}
         for number in reversed(order):
@@ -246,7 +248,7 @@ class _Expansion:
             if len(d.parts) > 1:
                 names, sizes = zip(*d.parts, strict=True)
                 made.append(Node(name=f"{node.name}.split", op="split", inputs={"x": node.name},
-                                 attrs={"sizes": sizes}, outputs=names, place=d.place))  # fmt: skip
+                            attrs={"sizes": sizes}, outputs=names, place=d.place))  # fmt: skip
             for node in made:
                 op = OPS[node.op]
                 try:

@@ -133,8 +133,9 @@ def differences(
 
 
 def _difference(message: str, place: Place | None, found: str) -> Diagnostic:
-    return Diagnostic(code="E502", message=message, place=place, found=found,
-                      likely="another model (--graph), or other weights")  # fmt: skip
+    return Diagnostic(
+        code="E502", message=message, place=place, found=found, likely="another model (--graph), or other weights"
+    )
 
 
 def same(a: Any, b: Any) -> bool:

@@ -240,8 +240,9 @@ class Language(Reader):
         scaling = self.mapping(value, "rope.scaling")
         if "type" not in scaling.items:
             if scaling.items:
-                self.report.add("E102", "rope.scaling needs the key 'type'", scaling.place,
-                                needed=f"one of {', '.join(SCALINGS)}")  # fmt: skip
+                self.report.add(
+                    "E102", "rope.scaling needs the key 'type'", scaling.place, needed=f"one of {', '.join(SCALINGS)}"
+                )
             return {}
         kind = self.choice(scaling.items["type"], SCALINGS, "rope.scaling.type")
         if not kind:
@@ -270,8 +271,9 @@ class Language(Reader):
             self.known_keys(rule, RULE_KEYS, what)
             if ("is" in rule.items) == ("text" in rule.items):
                 if rule.items:
-                    self.report.add("E102", f"{what} needs `is` (a number or an expression) or `text`, one of the two",
-                                    rule.place)  # fmt: skip
+                    self.report.add(
+                        "E102", f"{what} needs `is` (a number or an expression) or `text`, one of the two", rule.place
+                    )
                 continue
             kind = "is" if "is" in rule.items else "text"
             expected = self.rule_value(rule.items[kind], f"{what}.{kind}", kind)
@@ -398,8 +400,9 @@ class Language(Reader):
             if word:
                 known = [o.name for o in OPS.values() if o.authored]
                 why = "is made by the compiler only" if op else "is not an operator"
-                self.report.add("E107", f"node '{name}': '{word}' {why}", node.items["op"].place,
-                                likely=did_you_mean(word, known))  # fmt: skip
+                self.report.add(
+                    "E107", f"node '{name}': '{word}' {why}", node.items["op"].place, likely=did_you_mean(word, known)
+                )
             return None
         what = f"node '{name}' ({word})"
         slots, attrs = [w.name for w in op.weights], {a.name: a for a in op.attrs}
@@ -491,8 +494,9 @@ class Language(Reader):
                 pieces = zip(tensors, sizes.values(), strict=True)
                 weights[slot] = tuple(Piece(tensor=tensor, total=size) for tensor, size in pieces if tensor)
         if "groups" in node.items and "weight" not in node.items:
-            self.report.add("E101", f"{what}: `groups` is for a packed weight, and each part has its own",
-                            node.keys["groups"])  # fmt: skip
+            self.report.add(
+                "E101", f"{what}: `groups` is for a packed weight, and each part has its own", node.keys["groups"]
+            )
         attrs["out"] = sum(sizes.values())
         if any(h is not None for h in heads):
             attrs["heads"] = tuple(heads)

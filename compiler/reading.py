@@ -127,8 +127,9 @@ class Reader:
         if number is None or value is None:
             return None
         if not isinstance(number, int) or not 1 <= number <= limit:
-            self.report.add("E106", f"{what} must be a whole number from 1 to {limit}", value.place,
-                            found=_equals(value, number))  # fmt: skip
+            self.report.add(
+                "E106", f"{what} must be a whole number from 1 to {limit}", value.place, found=_equals(value, number)
+            )
             return None
         return number
 
@@ -143,8 +144,9 @@ class Reader:
         text = self.text(value, what)
         place = value.place if value is not None else self.root.place
         if text and not all(NAME.fullmatch(word) for word in text.split(".")):
-            self.report.add("E109", f"{what}: {text[:40]!r} is not an edge", place,
-                            needed="the name of a node, or node.output")  # fmt: skip
+            self.report.add(
+                "E109", f"{what}: {text[:40]!r} is not an edge", place, needed="the name of a node, or node.output"
+            )
         return Ref(text=text, place=place)
 
     def read_refs(self, value: Value | None, what: str) -> dict[str, Ref]:

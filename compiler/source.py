@@ -223,8 +223,9 @@ class _Chain:
             first = self.open[os.path.realpath(path)]
             names = list(self.open.values())
             loop = [*names[names.index(first) :], first]
-            self.report.add("E005", "extends: the files extend each other in a circle", extends.place,
-                            found=" -> ".join(loop))  # fmt: skip
+            self.report.add(
+                "E005", "extends: the files extend each other in a circle", extends.place, found=" -> ".join(loop)
+            )
         elif len(self.open) >= MAX_EXTENDS:
             self.report.add("E005", f"extends: more than {MAX_EXTENDS} files deep", extends.place)
         self.report.raise_if_any()
@@ -240,8 +241,9 @@ def merge(base: Map, over: Map, report: Report, path: tuple[str, ...] = ()) -> M
         old = items.get(key)
         if isinstance(value, Scalar) and value.value is None and value.text:
             if old is None:
-                report.add("E108", f"nothing to remove: there is no '{key}'", over.keys[key],
-                           likely=did_you_mean(key, items))  # fmt: skip
+                report.add(
+                    "E108", f"nothing to remove: there is no '{key}'", over.keys[key], likely=did_you_mean(key, items)
+                )
                 continue
             del items[key], keys[key]
             continue
