@@ -188,40 +188,14 @@ def variant_from_config(config: Mapping[str, Any], name: str) -> str:
     if not MODEL_NAME.fullmatch(name):
         raise UserError(f"{name[:40]!r} cannot be the name of a model", hint="letters, digits, '.', '_' and '-'")
     family = load(FAMILY).root
-    rules, known = _table(family, "config"), _table(family, "sizes")
-    sizes: dict[str, Number] = {}
-    fixed: dict[str, tuple[Any, Any]] = {}  # keys of config.json that the family states as literals: said, needed
-
-    def lookup(size: str) -> Number:
-        if size in sizes:
-            return sizes[size]
-        default = known.get(size)
-        if isinstance(default, Scalar):
-            return evaluate(default.text, lookup)
-        raise UnknownName(f"unknown size {size!r}")
-
-    for key, rule in rules.items():
-        assert isinstance(rule, Map)
-        expected, default = rule.items.get("is", rule.items.get("text")), rule.items.get("or")
-        assert isinstance(expected, Scalar)
-        said = config.get(key)
-        is_size = "is" in rule.items and isinstance(expected.value, str)
-        if is_size and said is None:
-            said = _default(default, lookup)
-        elif said is None and isinstance(default, Scalar):
-            said = default.value
-        if not is_size:
-            fixed[key] = (said, expected.value)
-        elif not isinstance(said, (int, float)) or isinstance(said, bool) or said <= 0:
-            raise UserError(f"config.json: {key} must be a number larger than 0, found {_say(said)}", code="E502")
-        elif NAME.fullmatch(expected.text):
-            sizes[expected.text] = said
+    known = _table(family, "sizes")
+    sizes, fixed = _said(config, _table(family, "config"), known)
     tied = fixed.pop("tie_word_embeddings", (False, False))[0] is True
     other = [f"{key} {_say(said)} (needed: {_say(needed)})" for key, (said, needed) in fixed.items()
              if not same(said, needed)]  # fmt: skip
     if other:
         raise UserError(f"{FAMILY} does not describe this checkpoint: {', '.join(other)}", code="E502",
-                        hint="write a model with the nodes that differ; see docs/language.md")  # fmt: skip
+                        hint="write a model with the nodes that differ; see docs/add-a-variant.md")  # fmt: skip
     written = {k: v for k, v in sizes.items() if not _implied(k, v, sizes, known)}
     lines = [
         f"extends: {FAMILY}",
@@ -237,6 +211,39 @@ def variant_from_config(config: Mapping[str, Any], name: str) -> str:
     tp = [n for n in TENSOR_PARALLEL if sizes["heads"] % n == 0 and sizes["kv_heads"] % n == 0]
     lines.append(f"support: {{atlas-800i-a2: {{tp: {tp}}}}}")
     return "\n".join(lines) + "\n"
+
+
+def _said(
+    config: Mapping[str, Any], rules: Mapping[str, Any], known: Mapping[str, Any]
+) -> tuple[dict[str, Number], dict[str, tuple[Any, Any]]]:
+    """What a config.json says by the family's rules: sizes by name; and, for each key that the family states as a
+    literal, what is said and what is needed."""
+    sizes: dict[str, Number] = {}
+    fixed: dict[str, tuple[Any, Any]] = {}
+
+    def lookup(size: str) -> Number:
+        if size in sizes:
+            return sizes[size]
+        default = known.get(size)
+        if isinstance(default, Scalar):
+            return evaluate(default.text, lookup)
+        raise UnknownName(f"unknown size {size!r}")
+
+    for key, rule in rules.items():
+        assert isinstance(rule, Map)
+        expected, default = rule.items.get("is", rule.items.get("text")), rule.items.get("or")
+        assert isinstance(expected, Scalar)
+        said = config.get(key)
+        if "text" in rule.items or not isinstance(expected.value, str):
+            absent = default.value if isinstance(default, Scalar) else None
+            fixed[key] = (absent if said is None else said, expected.value)
+            continue
+        said = _default(default, lookup) if said is None else said
+        if not isinstance(said, (int, float)) or isinstance(said, bool) or said <= 0:
+            raise UserError(f"config.json: {key} must be a number larger than 0, found {_say(said)}", code="E502")
+        if NAME.fullmatch(expected.text):
+            sizes[expected.text] = said
+    return sizes, fixed
 
 
 def _table(root: Map, key: str) -> dict[str, Any]:
