@@ -36,11 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `llmc show ... | head`
         _drop_stdout()
         return 0
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except OSError as error:  # what no command expected of this machine: a full disk, a file that may not be read
+        if error.errno != errno.ENOSPC and not error.filename:
             raise
-        _drop_stdout()
-        print(f"llmc: the output cannot be written: {error.strerror}", file=sys.stderr)
+        where = error.filename or "the output cannot be written"
+        if not error.filename:
+            _drop_stdout()
+        print(f"llmc: {where}: {error.strerror}", file=sys.stderr)
         return 1
 
 

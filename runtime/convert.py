@@ -145,6 +145,10 @@ def convert(
     """Convert `source` into `target` (None: the default place). Raises UserError for everything the user can mend."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if target is not None and Path(target).exists() and not Path(target).is_dir():
+        raise UserError(f"{target} is a file; the output must be a directory")
+    if progress and sys.stderr and sys.stderr.isatty():
+        print(f"reading {source}", file=sys.stderr)  # the vocabulary of a GGUF file takes seconds
     try:
         plan = _plan(Path(source), dtype, max_shard_bytes)
         return _write(plan, Path(target) if target is not None else plan.default_target, progress, force)
@@ -193,8 +197,6 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _write(plan: Plan, target: Path, progress: bool, force: bool) -> Summary:
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file; the output must be a directory")
     in_place = target.exists() and target.resolve() == plan.source.resolve()
     finished = _finished(plan, target, in_place, force)
     kept = len(finished)

@@ -294,6 +294,7 @@ def make_engine(
     sizes = {"N": args.num_blocks or sum(needed[:max_batch]), "B": max_batch, "S": longest}
     budget = args.max_prefill_tokens if args.max_prefill_tokens > 0 else max(4096, *map(len, prompts), longest)
     atb, device = backend(manifest, args.torch_device)
+    note_memory(manifest["memory"]["weight_bytes"], device)
     caches = make_caches(manifest, sizes, device)
     weights = load_weights(manifest["weights"], args.model_path, device=device, progress=not (args.quiet or args.json))
     executor = Executor(
@@ -311,6 +312,22 @@ def make_engine(
         max_length=limit,
         device=device,
     )
+
+
+def note_memory(needed: int, device: torch.device) -> None:
+    """Loading more than there is does not fail on Linux: the system kills the process, without a word."""
+    free = free_memory()
+    if device.type == "cpu" and free is not None and needed > free:
+        note(f"the weights need {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free")
+
+
+def free_memory() -> int | None:
+    """Bytes that Linux could hand out without swapping; None elsewhere."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return None
 
 
 # ---- what is printed

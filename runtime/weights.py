@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -160,7 +161,11 @@ def check_directory(model_path: Path) -> None:
             hint="--model-path: the checkpoint's directory",
             code="E503",
         )
-    if (model_path / UNFINISHED).exists():
+    try:
+        unfinished = UNFINISHED in os.listdir(model_path)
+    except OSError as error:
+        raise UserError(f"{model_path} cannot be read: {error.strerror}", code="E503") from None
+    if unfinished:
         raise UserError(
             f"{model_path} holds an unfinished conversion ({UNFINISHED})",
             hint="repeat the `llmc convert` command, which continues it",

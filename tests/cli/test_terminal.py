@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +58,19 @@ def test_a_full_disk_behind_stdout_is_told():
     result = shell("llmc show llama2-7b > /dev/full")
     assert result.returncode == 1
     assert result.stderr == "llmc: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None and os.geteuid() == 0, reason="root reads everything")
+@pytest.mark.parametrize("command", ["run --model-path {}", "init --model-path {}", "convert {}", "compile x -o {}"])
+def test_a_directory_that_may_not_be_read_is_named(tmp_path, command):
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0)
+    plain = "setpriv --bounding-set=-dac_override,-dac_read_search" if os.geteuid() == 0 else ""
+    result = shell(f"{plain} llmc {command.format(folder).replace('compile x', 'compile smollm2-135m')}")
+    assert result.returncode == 1
+    assert "Permission denied" in result.stderr
+    assert str(folder) in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-"])

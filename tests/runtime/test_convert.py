@@ -627,3 +627,11 @@ def test_flags_need_no_torch():
     code = "import sys, llmc.runtime.convert, llmc.runtime.demo; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert math.isfinite(convert_module.MAX_SHARD_BYTES)
+
+
+def test_an_output_that_is_a_file_is_refused_before_the_source_is_read(tmp_path):
+    (tmp_path / "out").write_text("precious")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="is a file; the output must be a directory"):
+        convert(tmp_path / "a.gguf", tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "precious"

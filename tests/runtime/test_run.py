@@ -226,6 +226,15 @@ def test_printed_rates_follow_from_the_printed_times(checkpoint, capsys):
     assert t["decode_ms_per_token"] <= mean
 
 
+def test_weights_beyond_memory_are_said_before_they_are_loaded(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr("llmc.runtime.run.free_memory", lambda: 2**10)
+    assert run(checkpoint, "--input-ids", "1", "--max-output-length", "1") == 0
+    assert "the weights need 0.0 GiB of memory, and 0.0 GiB are free" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run(checkpoint, "--input-ids", "1", "--max-output-length", "1") == 0
+    assert "GiB" not in capsys.readouterr().err
+
+
 def test_one_token_has_no_decode_time(checkpoint, capsys):
     assert run(checkpoint, "--input-ids", "1,5,9", "--ignore-eos", "--max-output-length", "1") == 0
     assert "no decode step" in capsys.readouterr().out
