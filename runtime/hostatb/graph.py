@@ -10,7 +10,7 @@
 Naming a value that exists already in `out_names` writes it in place; for a graph input that is the caller's tensor.
 
 Execution: for each tuple of input descs a list of `Step`s is planned once (reshape callbacks, checks, lifetimes), then
-each call only walks the list. `rewrites.py` replaces steps by faster ones that give the same numbers.
+each call only runs the kernels. `rewrites.py` replaces steps by faster ones that give the same numbers.
 Sources: atb-operations.md 1.2 to 1.4 and 2.1.
 """
 
@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from llmc.compiler.atb.core import GRAPH_LIMITS, MAX_NODES_AT_CREATE, AtbError, Desc, check_tensors
-from llmc.runtime.hostatb.operation import Core, Operation, Plan, Single, current_chip, undefined
+from llmc.runtime.hostatb.operation import Core, Operation, Plan, Single, current_chip
 from llmc.runtime.hostatb.rewrites import rewrite
 from llmc.runtime.hostatb.step import Step
-from torch import Tensor
+from llmc.runtime.hostatb.straight import straight_line
 
 ReshapeFunc = Callable[[list[int]], Sequence[int]]
 
@@ -87,23 +87,18 @@ class GraphOperation:
 
     def plan(self, ins: Sequence[Desc]) -> Plan:
         """All checks and the list of steps for these input descs, the faster ones where `rewrites` knows one."""
-        steps, total = tuple(rewrite(self.steps(ins))), len(self.names)
+        steps = tuple(rewrite(self.steps(ins)))
         first, last = self.input_num, self.input_num + self.output_num
-
-        def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-            slots: list[Tensor | None] = [*tensors, *([None] * (total - first))]
-            for step in steps:
-                try:
-                    execute(step, slots)
-                except AtbError as error:
-                    node = self._labelled.get(step.label)  # a step that a rewrite made has no node
-                    raise (self._locate(error, node) if node else error).at(stage="execute", graph=self.name) from None
-            return [t for t in slots[first:last] if t is not None]
-
         outs: dict[int, Desc] = {}
         for step in steps:
             outs.update(zip(step.outputs, step.outs, strict=True))
+        run = straight_line(steps, inputs=self.input_num, outputs=self.output_num, located=self._refused)
         return Plan(outs=tuple(outs[i] for i in range(first, last)), run=run)
+
+    def _refused(self, step: Step, error: AtbError) -> AtbError:
+        """A refusal while running, with its place; a step that a rewrite made has no node."""
+        node = self._labelled.get(step.label)
+        return (self._locate(error, node) if node else error).at(stage="execute", graph=self.name)
 
     def steps(self, ins: Sequence[Desc]) -> Sequence[Step]:
         """The nodes bound to descs, before rewriting. Raises AtbError for whatever InferShape or Setup would refuse."""
@@ -210,28 +205,6 @@ def _leaf_plan(core: Core, ins: Sequence[Desc]) -> Plan:
     outs = core.check(ins)
     kernel, param, descs, chip = core.kernel, core.param, tuple(ins), core.chip
     return Plan(outs=outs, run=lambda tensors: kernel(param, tensors, descs, chip))
-
-
-def execute(step: Step, slots: list[Tensor | None]) -> None:
-    """Run one step over the slots."""
-    tensors: list[Tensor] = []
-    for slot, view in zip(step.inputs, step.views, strict=True):
-        tensor = slots[slot]
-        assert tensor is not None, step.label
-        tensors.append(tensor if view is None else tensor.view(view))
-    for index, out in step.fills.items():
-        present = slots[step.outputs[out]]
-        desc = step.outs[out]
-        tensors[index] = undefined(desc, like=tensors[index]) if present is None else present.view(desc.shape)
-    results = step.run(tensors)
-    for slot, result, store in zip(step.outputs, results, step.stores, strict=True):
-        if store:
-            target = slots[slot]
-            assert target is not None, step.label
-            result = target.view(result.shape).copy_(result)
-        slots[slot] = result
-    for slot in step.frees:
-        slots[slot] = None
 
 
 def _sides(graph: GraphOperation) -> tuple[frozenset[int], frozenset[int]]:

@@ -146,9 +146,7 @@ class Single:
         buffers = {index: outs[out] for out, index in self.in_place.items()}
 
         def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-            if (
-                buffers
-            ):  # outputs are always fresh here; slots that the kernel does not write stay undefined, shown as NaN
+            if buffers:  # outputs are fresh here: slots that the kernel does not write stay undefined, shown as NaN
                 tensors = [
                     undefined(buffers[i], like=tensor) if i in buffers else tensor for i, tensor in enumerate(tensors)
                 ]
