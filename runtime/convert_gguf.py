@@ -188,9 +188,8 @@ def config_of(header: Header) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": header.number("attention.head_count_kv", int, heads),
         "head_dim": head_dim,
-        "vocab_size": int(
-            header.tensors["token_embd.weight"].shape[-1]
-        ),  # the table itself; llama.vocab_size may differ
+        # The table itself; llama.vocab_size may differ.
+        "vocab_size": int(header.tensors["token_embd.weight"].shape[-1]),
         "max_position_embeddings": header.number("context_length", int),
         "rms_norm_eps": shortest(header.number("attention.layer_norm_rms_epsilon", float)),
         "rope_theta": shortest(header.number("rope.freq_base", float, 10000.0)),

@@ -36,8 +36,11 @@ from llmc.compiler.atb.self_attention import (
     LOGN,
     QKV_OFFLINE,
     QKV_ONLINE,
+    QUANT_TYPES,
+    SCALE_TYPES,
     TOR,
     UNQUANT,
+    check_ranges,
     is_910b,
     kv_heads,
 )
@@ -82,19 +85,13 @@ def arity(param: Param) -> tuple[int, int]:
     return len(inputs(param)), 1
 
 
+# The largest member of each enum in C++, which has some that torch_atb lacks.
+LARGEST = {"maskType": 5, "quantType": 3, "compressType": 2, "calcType": 1, "scaleType": 1, "inputLayout": 1}
+
+
 def check(param: Param, chip: str) -> None:
     """Creation. Every failure is ERROR_INVALID_PARAM."""
-    require_param(param.headNum > 0, "headNum must be greater than 0", found=str(param.headNum))
-    require_param(param.kvHeadNum >= 0, "kvHeadNum must not be negative", found=str(param.kvHeadNum))
-    require_param(
-        param.headNum % kv_heads(param) == 0,
-        "headNum must be a multiple of kvHeadNum",
-        found=f"{param.headNum} and {param.kvHeadNum}",
-    )
-    limits = {"maskType": 5, "quantType": 3, "compressType": 2, "calcType": 1, "scaleType": 1, "inputLayout": 1}
-    for name, top in limits.items():
-        value = getattr(param, name)
-        require_param(0 <= value <= top, f"{name} is not a value of its enum", found=str(value), expected=f"0 to {top}")
+    check_ranges(param, LARGEST)
     _check_chip(param, chip)
     _check_spec(param, chip)
     if param.compressType == KVHEAD_ROPE:
@@ -307,12 +304,10 @@ def host(param: Param, chip: str) -> frozenset[int]:
 # Members that torch_atb has; C++ adds MASK_TYPE_MASK_FREE = 4 and MASK_TYPE_NORM_COMPRESS = 5 (reference 2.2).
 ENUMS = {
     "MaskType": {"UNDEFINED": 0, "MASK_TYPE_NORM": 1, "MASK_TYPE_ALIBI": 2, "MASK_TYPE_SPEC": 3},
-    "QuantType": {
-        "TYPE_QUANT_UNQUANT": 0, "TYPE_DEQUANT_FUSION": 1, "TYPE_QUANT_QKV_OFFLINE": 2, "TYPE_QUANT_QKV_ONLINE": 3,
-    },
+    "QuantType": QUANT_TYPES,
     "CompressType": {"COMPRESS_TYPE_UNDEFINED": 0, "COMPRESS_TYPE_KVHEAD": 1, "COMPRESS_TYPE_KVHEAD_ROPE": 2},
     "CalcType": {"CALC_TYPE_UNDEFINED": 0, "CALC_TYPE_SPEC": 1},
-    "ScaleType": {"SCALE_TYPE_TOR": 0, "SCALE_TYPE_LOGN": 1},
+    "ScaleType": SCALE_TYPES,
 }  # fmt: skip
 
 PAGED_ATTENTION = AtbOp(

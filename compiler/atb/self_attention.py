@@ -11,7 +11,7 @@ Sources: atb-operations.md 1.6 and 3.8, atb-layers/masks.json and refusals.json,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 
 from llmc.compiler.atb.core import (
@@ -104,9 +104,16 @@ def arity(param: Param) -> tuple[int, int]:
     return len(inputs(param)), 1
 
 
+# The largest member of each enum in C++, which has some that torch_atb lacks.
+LARGEST = {
+    "calcType": 4, "kernelType": 2, "clampType": 1, "maskType": 9, "kvcacheCfg": 1, "scaleType": 1, "inputLayout": 1,
+    "cacheType": 1, "quantType": 3,
+}  # fmt: skip
+
+
 def check(param: Param, chip: str) -> None:
     """Creation. Every failure is ERROR_INVALID_PARAM."""
-    _check_ranges(param)
+    check_ranges(param, LARGEST)
     _check_quant(param)
     _check_layout(param, chip)
     _check_mla(param, chip)
@@ -130,7 +137,8 @@ def check(param: Param, chip: str) -> None:
     require_param(param.maskType != CAUSAL_MASK or prefix(param), "MASK_TYPE_CAUSAL_MASK is for PREFIX_ENCODER only")
 
 
-def _check_ranges(param: Param) -> None:
+def check_ranges(param: Param, enums: Mapping[str, int]) -> None:
+    """Head counts, and the enums: name of the field -> its largest member."""
     require_param(param.headNum > 0, "headNum must be greater than 0", found=str(param.headNum))
     require_param(param.kvHeadNum >= 0, "kvHeadNum must not be negative", found=str(param.kvHeadNum))
     require_param(
@@ -138,11 +146,7 @@ def _check_ranges(param: Param) -> None:
         "headNum must be a multiple of kvHeadNum",
         found=f"{param.headNum} and {param.kvHeadNum}",
     )
-    limits = {
-        "calcType": 4, "kernelType": 2, "clampType": 1, "maskType": 9, "kvcacheCfg": 1, "scaleType": 1,
-        "inputLayout": 1, "cacheType": 1, "quantType": 3,
-    }  # fmt: skip
-    for name, top in limits.items():
+    for name, top in enums.items():
         value = getattr(param, name)
         require_param(0 <= value <= top, f"{name} is not a value of its enum", found=str(value), expected=f"0 to {top}")
 
@@ -686,6 +690,12 @@ def writes(param: Param) -> frozenset[int]:
     return frozenset((names.index("cacheK"), names.index("cacheV")))
 
 
+# Of both attention operations.
+QUANT_TYPES = {
+    "TYPE_QUANT_UNQUANT": 0, "TYPE_DEQUANT_FUSION": 1, "TYPE_QUANT_QKV_OFFLINE": 2, "TYPE_QUANT_QKV_ONLINE": 3,
+}  # fmt: skip
+SCALE_TYPES = {"SCALE_TYPE_TOR": 0, "SCALE_TYPE_LOGN": 1}
+
 # Members that torch_atb has; C++ adds KERNELTYPE_EXP_M8V2 = 2 and MASK_TYPE_CAUSAL_MASK = 9 (reference 2.2).
 ENUMS = {
     "CalcType": {"UNDEFINED": 0, "ENCODER": 1, "DECODER": 2, "PA_ENCODER": 3, "PREFIX_ENCODER": 4},
@@ -697,10 +707,8 @@ ENUMS = {
         "MASK_TYPE_SLIDING_WINDOW_NORM": 7, "MASK_TYPE_SLIDING_WINDOW_COMPRESS": 8,
     },
     "KvCacheCfg": {"K_CACHE_V_CACHE": 0, "K_BYPASS_V_BYPASS": 1},
-    "ScaleType": {"SCALE_TYPE_TOR": 0, "SCALE_TYPE_LOGN": 1},
-    "QuantType": {
-        "TYPE_QUANT_UNQUANT": 0, "TYPE_DEQUANT_FUSION": 1, "TYPE_QUANT_QKV_OFFLINE": 2, "TYPE_QUANT_QKV_ONLINE": 3,
-    },
+    "QuantType": QUANT_TYPES,
+    "ScaleType": SCALE_TYPES,
     "CacheType": {"CACHE_TYPE_NORM": 0, "CACHE_TYPE_SWA": 1},
 }  # fmt: skip
 
