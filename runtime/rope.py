@@ -36,7 +36,8 @@ def rope_tables(
             angles = angles.repeat_interleave(2, dim=-1)
         case other:
             raise UserError(f"rope pairing {other!r} is unknown; expected half or interleaved")
-    return tuple((f(angles) * factor).to(device=device, dtype=dtype) for f in (torch.cos, torch.sin))  # type: ignore[return-value]
+    cos, sin = ((f(angles) * factor).to(device=device, dtype=dtype) for f in (torch.cos, torch.sin))
+    return cos, sin
 
 
 def rope_frequencies(rope: Mapping[str, Any], *, head_dim: int, positions: int) -> tuple[torch.Tensor, float]:

@@ -87,21 +87,21 @@ def graph_name(model: str, phase: str, index: int) -> str:
 
 def _function(name: str, parts: Sequence[Segment], views: dict[str, View]) -> Function:
     graph = parts[0].graph
-    sections: list[Section] = []
+    sections: list[tuple[str, list[str]]] = []  # title, statements
     done: set[str] = set()
     for node in graph.nodes:
         match = LAYER.match(node.name)
         title = f"layer {parts[0].layers.index(match[1]) - _outside(parts[0])}" if match else ""
-        if not sections or sections[-1].title != title:
-            sections.append(Section(title=title, lines=[]))
-        sections[-1].lines.extend(_statements(graph, node, views, done))  # type: ignore[attr-defined]
+        if not sections or sections[-1][0] != title:
+            sections.append((title, []))
+        sections[-1][1].extend(_statements(graph, node, views, done))
     return Function(
         name=name,
         doc="; ".join(dict.fromkeys(describe(part) for part in parts)),
         signature=statement(
             Call(name="graph.set_input_output", args=[listing(graph.inputs), listing(graph.outputs)]), 4
         ),
-        sections=sections,
+        sections=[Section(title=title, lines=lines) for title, lines in sections],
     )
 
 

@@ -67,10 +67,11 @@ class Lowering:
         if head_dim not in self.tables:
             suffix = f"_{head_dim}" if self.tables else ""
             positions = self.input("position_ids", "int64", (self.tokens,))
-            self.tables[head_dim] = tuple(  # type: ignore[assignment]
+            cos, sin = (
                 self._gather(f"rope.{kind}{suffix}", f"{kind}_table{suffix}", head_dim, positions)
                 for kind in ("cos", "sin")
             )
+            self.tables[head_dim] = cos, sin
         return self.tables[head_dim]
 
     def _gather(self, name: str, table: str, head_dim: int, positions: Ref) -> Ref:
