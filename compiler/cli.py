@@ -25,7 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     _say_what_can_be_said()
     try:
-        args = make_parser(words[0] if words else "").parse_args(words)
+        args, unknown = make_parser(words[0] if words else "").parse_known_args(words)
+        if unknown:
+            near = did_you_mean(unknown[0], args.flags)
+            args.error(f"unrecognized arguments: {' '.join(unknown)}{f' ({near})' if near.startswith('did') else ''}")
         code = _run(args)
         if sys.stdout is not None:  # closed by `>&-`
             sys.stdout.flush()  # here, so that a closed pipe or a full disk is found while it can be told
@@ -88,9 +91,9 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (run, flags, text) in COMMANDS.items():
         p = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        p.set_defaults(run=run)
         if name == command:
             flags(p)
+        p.set_defaults(run=run, error=p.error, flags=list(p._option_string_actions))
     return parser
 
 

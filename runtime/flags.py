@@ -159,6 +159,9 @@ RUN_FLAGS: tuple[Flag, ...] = (
     Flag("distributed_enable", None, False, "refused: one host", PA),
     *(Flag(name, whole, -1, "-1 or 1: not offered", PA) for name in PARALLEL),
     Flag("lora_modules", str, None, "refused: LoRA is not offered", PA),
+    Flag("input_dict", str, None, "refused: LoRA is not offered", PA),
+    Flag("max_loras", int, 0, "0: LoRA is not offered", PA),
+    Flag("max_lora_rank", int, 0, "0: LoRA is not offered", PA),
     Flag("kw_args", str, "", "accepted when empty", PA),
 )
 
@@ -173,6 +176,9 @@ NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "distributed_enable": ((False,), "this program runs on one host"),
     "tp": ((-1, 1), "tensor parallelism is not offered yet; run with one rank"),
     "lora_modules": ((None,), "LoRA is not offered"),
+    "input_dict": ((None,), "LoRA is not offered; --input-text or --input-file take the prompts"),
+    "max_loras": ((0,), "LoRA is not offered"),
+    "max_lora_rank": ((0,), "LoRA is not offered"),
     "kw_args": (("", "{}"), "no extra arguments are known"),
     **dict.fromkeys(PARALLEL, ((-1, 1), "this kind of parallelism is not offered")),
 }
@@ -190,7 +196,8 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         if flag.type is None:
             parser.add_argument(*words, dest=flag.name, action="store_true", help=about)
             continue
-        more: dict[str, Any] = {"nargs": "+"} if flag.many else {}
+        # "extend": a flag that is given twice adds to its list
+        more: dict[str, Any] = {"nargs": "+", "action": "extend"} if flag.many else {}
         if flag.bare is not None:
             more = {"nargs": "?", "const": flag.bare}
         metavar = "TEXT" if flag.type in (str, utf8) else "VALUE"
@@ -211,6 +218,8 @@ def check_run_flags(args: argparse.Namespace) -> None:
     given = [name for name in ("input_text", "input_ids", "input_file") if getattr(args, name) is not None]
     if len(given) > 1:
         problems.append(f"{' and '.join(spellings(n)[0] for n in given)} cannot be used together")
+    if args.stop and not args.load_tokenizer:
+        problems.append("--stop compares text, which --load-tokenizer False does without")
     if args.graph is not None and args.artifact is not None:
         problems.append("--graph and --artifact cannot be used together: an artifact is compiled already")
     for chosen in (dtype_of, attention_of):

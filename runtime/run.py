@@ -33,7 +33,7 @@ from llmc.runtime.executor import Executor
 from llmc.runtime.flags import DEFAULT_QUESTION, attention_of, check_run_flags, dtype_of, sampling_of
 from llmc.runtime.runner import is_paged, make_caches, make_constants
 from llmc.runtime.sampling import SamplingParams
-from llmc.runtime.tokenizer import Tokenizer, load_tokenizer
+from llmc.runtime.tokenizer import Tokenizer, eos_ids, load_tokenizer
 from llmc.runtime.weights import check_directory, load_weights, progress_bar
 
 TORCH_DEVICE = re.compile(r"(?P<kind>cpu|cuda|npu)(?::(?P<index>[0-9]{1,3}))?")
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         start = time.perf_counter()
         engine = make_engine(args, artifact, tokenizer, ids, params)
         loading = time.perf_counter() - start
-        callback = (lambda i, text: print(text, end="", flush=True)) if streams(args, ids) else None
+        callback = (lambda i, text: print(text, end="", flush=True)) if streams(args, ids, tokenizer) else None
         if callback:
             print(f"Question[0]: {shown(prompts[0])}\nAnswer[0]: ", end="", flush=True)
         bar = not (args.quiet or args.json or callback)
@@ -79,10 +79,10 @@ def note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-def streams(args: argparse.Namespace, ids: Sequence[Any]) -> bool:
-    if args.stream and len(ids) > 1:
-        note("--stream is for one prompt; the answers follow when all are done")
-    return bool(args.stream and not args.json and len(ids) == 1)
+def streams(args: argparse.Namespace, ids: Sequence[Any], tokenizer: Tokenizer | None) -> bool:
+    if args.stream and (len(ids) > 1 or tokenizer is None):
+        note("--stream is for the text of one prompt; answers follow when all is done")
+    return bool(args.stream and not args.json and len(ids) == 1 and tokenizer)
 
 
 # ---- prompts
@@ -302,8 +302,10 @@ def make_engine(
     )
     if is_paged(manifest):
         limit = min(limit, sizes["N"] * BLOCK_SIZE)
+    elif args.num_blocks:
+        note("--num-blocks is for the paged cache; flash attention has a row a sequence")
     return Engine(
-        manifest,
+        {**manifest, "eos_token_ids": sorted(eos_ids(Path(args.model_path)))},
         executor,
         tokenizer,
         caches=caches,

@@ -124,10 +124,9 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     else:
         raise UserError(f"{path} holds neither tokenizer.json nor tokenizer.model", hint="--input-ids needs none")
     tokens = _special_tokens(path, config)
-    settings = {file: _json(file) for file in (path / "generation_config.json", path / "config.json")}
-    eos = {i for file, s in settings.items() for i in _ids(s.get("eos_token_id"), file)}
+    eos = set(eos_ids(path))
     eos |= {i for i in [id_of(tokens["eos_token"])] if i is not None} if "eos_token" in tokens else set()
-    bos = [i for file, s in settings.items() for i in _ids(s.get("bos_token_id"), file)]
+    bos = _stated(path, "bos_token_id")
     bos_id = id_of(tokens["bos_token"]) if "bos_token" in tokens else None
     return Tokenizer(
         encode=encode,
@@ -138,6 +137,16 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         template=_template(path, config),
         tokens=tokens,
     )
+
+
+def eos_ids(path: Path) -> frozenset[int]:
+    """Tokens that end an answer, as far as the checkpoint's two configurations say; no tokenizer is read."""
+    return frozenset(_stated(path, "eos_token_id"))
+
+
+def _stated(path: Path, key: str) -> list[int]:
+    files = (path / "generation_config.json", path / "config.json")
+    return [i for file in files for i in _ids(_json(file).get(key), file)]
 
 
 def _fast(path: Path) -> tuple[Any, Any, Any, frozenset[int]]:

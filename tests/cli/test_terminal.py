@@ -171,6 +171,9 @@ def test_a_misspelt_flag_is_a_short_message():
     result = llmc("run", "--temperature", "hot")
     assert result.returncode == 2
     assert re.fullmatch(rb"usage: [^\n]*\n[^\n]*--temperature[^\n]*'hot'\n", result.stderr)
+    result = llmc("run", "--num_bemas", "2")
+    assert result.returncode == 2
+    assert b"unrecognized arguments: --num_bemas 2 (did you mean '--num_beams'?)" in result.stderr
 
 
 def test_init_names_the_variant_after_the_directory_also_when_given_the_file(words, capsys):

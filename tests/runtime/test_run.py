@@ -133,6 +133,8 @@ def test_a_small_cache_and_bfloat16_work(checkpoint, capsys):
         (["--load-tokenizer", "False"], "text needs a tokenizer"),
         (["--dtype", "float8"], "float8"),
         (["--device", "gpu"], "gpu"),
+        (["--load-tokenizer", "False", "--input-ids", "1", "--stop", "x"], "--stop compares text"),
+        (["--input_dict", "[]", "--max_loras", "2"], "--max-loras 2: LoRA is not offered"),
         (["--torch-device", "nonsense"], "--torch-device nonsense"),
         (["--torch-device", "meta"], "--torch-device meta"),
         (["--torch-device", "npu"], "this code is for host"),
@@ -233,6 +235,36 @@ def test_weights_beyond_memory_are_said_before_they_are_loaded(checkpoint, capsy
     monkeypatch.undo()
     assert run(checkpoint, "--input-ids", "1", "--max-output-length", "1") == 0
     assert "GiB" not in capsys.readouterr().err
+
+
+def test_a_flag_given_twice_adds_to_its_list(checkpoint, capsys):
+    words = ["--input_text", "w5", "--input-text", "w9", "--ignore-eos", "--max-output-length", "2", "--json"]
+    assert run(checkpoint, *words) == 0
+    outputs = json.loads(capsys.readouterr().out)["outputs"]
+    assert [o["token_ids"] for o in outputs] == [reference(checkpoint, [t], 2) for t in (5, 9)]
+    first = f"w{outputs[0]['token_ids'][0]}"
+    assert run(checkpoint, "--input-text", "w5", "--stop", first, "--stop", "nothing", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["outputs"][0]["finish_reason"] == "stop"
+
+
+def test_without_a_tokenizer_ids_are_printed_and_end_at_eos(checkpoint, capsys, tmp_path):
+    words = ["--load_tokenizer", "False", "--input-ids", "5,9", "--max-output-length", "4"]
+    ids = reference(checkpoint, [5, 9], 4)
+    assert run(checkpoint, *words, "--stream", "--ignore-eos") == 0
+    said = capsys.readouterr()
+    assert f"Answer[0]: {','.join(map(str, ids))}" in said.out
+    assert "--stream is for the text of one prompt" in said.err
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
+    put(copy, "generation_config.json", json.dumps({"eos_token_id": [ids[0]]}))
+    assert run(copy, *words, "--json") == 0
+    output = json.loads(capsys.readouterr().out)["outputs"][0]
+    assert (output["token_ids"], output["finish_reason"]) == (ids[:1], "eos")
+
+
+def test_a_flag_that_has_no_effect_is_said(checkpoint, capsys):
+    assert run(checkpoint, "--attention", "flash", "--num-blocks", "3", "--max-output-length", "1") == 0
+    assert "--num-blocks is for the paged cache" in capsys.readouterr().err
 
 
 def test_one_token_has_no_decode_time(checkpoint, capsys):
