@@ -30,6 +30,7 @@ from llmc.runtime.hostatb.operation import Single
 from llmc.runtime.hostatb.paged_attention import checked_tables
 from llmc.runtime.hostatb.step import Step
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.functional import scaled_dot_product_attention
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -37,6 +38,8 @@ T = TypeVar("T")
 
 # From this many rows on, float32 units beat 16-bit ones on a CPU without AMX (table above).
 FLOAT32_ROWS = 48
+# Up to this many tokens one small matrix product turns a head faster than four passes over it.
+MATRIX_TOKENS = 8
 
 
 def rewrite(steps: Sequence[Step]) -> Sequence[Step]:
@@ -122,9 +125,15 @@ def fast_rms_norm(step: Step, p: Param) -> Run | None:
         return None
     epsilon = options.epsilon if p.layerType == NORM else p.preNormParam.epsilon
 
+    width = step.ins[-1].shape[0]
+    one_row = step.ins[0].elements == width
+
     def norm(total: Tensor, gamma: Tensor, dtype: torch.dtype) -> Tensor:
+        wide = derived("float32", Tensor.float, gamma)
+        if one_row:  # one number a row is cheaper in Python than in a tensor
+            return (total * wide).mul_((vector_norm(total).item() ** 2 / width + epsilon) ** -0.5).to(dtype)
         scale = total.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
-        return (total * scale).mul_(derived("float32", Tensor.float, gamma)).to(dtype)
+        return (total * scale).mul_(wide).to(dtype)
 
     def run_norm(tensors: Sequence[Tensor]) -> list[Tensor]:
         x, gamma = tensors
@@ -165,16 +174,27 @@ def is_wide_rope(step: Step, p: Param) -> bool:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [tokens, heads * size], tables [tokens, size] -> [tokens, heads, size]: x * cos + (x rolled by half a head) *
-    (sin with its first half negated). The tables' forms are made once for all layers."""
-    heads = x.unflatten(-1, (-1, cos.shape[1])).float()
-    turned = heads.roll(cos.shape[1] // 2, -1).mul_(derived("turned", _first_half_negated, sin))
+    """x [tokens, heads * size], tables [tokens, size] -> [tokens, heads, size]. What the tables give is made once for
+    all layers: a rotation matrix a token when they are few, else the tables wide, sin with its first half negated."""
+    size = cos.shape[1]
+    heads = x.unflatten(-1, (-1, size)).float()
+    if x.shape[0] <= MATRIX_TOKENS:
+        return torch.bmm(heads, derived("rotation", _rotations, cos, sin)).to(x.dtype)
+    turned = heads.roll(size // 2, -1).mul_(derived("turned", _first_half_negated, sin))
     return (heads * derived("wide", lambda t: t.float().unsqueeze(1), cos)).add_(turned).to(x.dtype)
 
 
 def _first_half_negated(sin: Tensor) -> Tensor:
     first, second = sin.float().chunk(2, -1)
     return torch.cat((-first, second), -1).unsqueeze(1)
+
+
+def _rotations(cos: Tensor, sin: Tensor) -> Tensor:
+    """[tokens, size, size]: cos on the diagonal, sin where a channel meets its partner half a head away. A product with
+    it sums two terms and zeros, so it is as exact as the two products alone."""
+    size = cos.shape[1]
+    partner = torch.eye(size).roll(size // 2, 0)
+    return torch.diag_embed(cos.float()) + partner * _first_half_negated(sin)
 
 
 def is_split_then_rope(split: Step, rope: Step) -> bool:
@@ -277,7 +297,7 @@ def fast_paged_attention(step: Step, p: Param) -> Run | None:
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
         q, key_cache, value_cache, tables, lengths = tensors
         rows = derived(f"rows_of_{blocks}", partial(rows_of, key_cache), lengths, tables)
-        keys, values = (_read(cache.flatten(0, 1), rows, batch) for cache in (key_cache, value_cache))
+        keys, values = (_read(cache, rows, batch) for cache in (key_cache, value_cache))
         grouped = q.view(batch, kv_heads, heads // kv_heads, size)
         out = scaled_dot_product_attention(grouped, keys, values, attn_mask=rows.bias, scale=p.qkScale)
         return [out.reshape(batch, heads, size)]
@@ -286,10 +306,13 @@ def fast_paged_attention(step: Step, p: Param) -> Run | None:
 
 
 def _read(cache: Tensor, rows: CacheRows, batch: int) -> Tensor:
-    """cache [rows, Nk, D] -> [B, Nk, count, D]"""
+    """cache [blocks, block, Nk, D] -> [B, Nk, count, D]"""
+    _, _, kv_heads, size = cache.shape
+    row = kv_heads * size
     if rows.index is None:
-        return cache[rows.start : rows.start + rows.count].unsqueeze(0).transpose(1, 2)
-    return cache.index_select(0, rows.index).unflatten(0, (batch, rows.count)).transpose(1, 2)
+        return cache.as_strided((1, kv_heads, rows.count, size), (0, size, row, 1), rows.start * row)
+    found = cache.flatten(0, 1).index_select(0, rows.index)
+    return found.as_strided((batch, kv_heads, rows.count, size), (rows.count * row, size, row, 1))
 
 
 REWRITES: dict[str, Callable[[Step, Param], Run | None]] = {
