@@ -30,8 +30,10 @@ class Place:
 
 
 def portable(place: str) -> str:
-    """A file or place as generated code may say it: as typed, but never an absolute path of this machine."""
-    return os.path.basename(place) if os.path.isabs(place) else place
+    """A file or place as generated code may say it: as typed, but never an absolute path of this machine, and without
+    the characters that would end a comment or a docstring."""
+    name = os.path.basename(place) if os.path.isabs(place) else place
+    return "".join(c if c.isprintable() and c not in "\"'\\" else "_" for c in name)
 
 
 CODES: Mapping[str, str] = {

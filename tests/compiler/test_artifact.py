@@ -118,6 +118,16 @@ def test_no_absolute_path_of_this_machine_is_written(tmp_path, monkeypatch):
     assert "# ../mine.yaml:3:9" in artifact.files_of(compile_model("../mine.yaml", Options()))["prefill.py"]
 
 
+@pytest.mark.parametrize("name", ['a"""b', "a\\Nb", "a\nimport os", "größe 1"])
+def test_no_file_name_reaches_the_code_as_code(tmp_path, monkeypatch, name):
+    text = "extends: llama2-7b\nname: mine\ngraph: {norm: {op: rms_norm, x: layers.x, eps: eps, weight: n.weight}}\n"
+    (tmp_path / f"{name}.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    made = artifact.files_of(compile_model(f"{name}.yaml", Options()))
+    compile(made["prefill.py"], "prefill.py", "exec")
+    assert not any(line.startswith("import os") for line in made["prefill.py"].splitlines())
+
+
 def forge(path, **values):
     """A manifest that fits its own hash."""
     body = {k: v for k, v in {**json.loads(path.read_text()), **values}.items() if v is not None and k != "sha256"}
