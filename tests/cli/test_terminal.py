@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [pytest.mark.torch, pytest.mark.transformers]
 LLMC = [sys.executable, "-m", "llmc.compiler.cli"]
 BARE_LOCALE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 CHECKPOINT = """
