@@ -61,7 +61,7 @@ def find(step: Step) -> Run | None:
 
 def _on_cpu(faster: Run, kernel: Run) -> Run:
     """What is measured here is measured on CPUs; CUDA tensors take the plain kernel."""
-    return lambda tensors: faster(tensors) if tensors[0].device.type == "cpu" else kernel(tensors)
+    return lambda tensors: faster(tensors) if tensors[0].is_cpu else kernel(tensors)
 
 
 def derived(name: str, make: Callable[..., T], *tensors: Tensor) -> T:
@@ -236,7 +236,7 @@ def fast_reshape_and_cache(step: Step, p: Param) -> Run | None:
         return None
     key, value, key_cache, value_cache = step.ins[:4]
     rows = key_cache.shape[0] * key_cache.shape[1]
-    if key_cache.shape != value_cache.shape or key.shape != value.shape:
+    if key_cache.shape != value_cache.shape or key.shape != value.shape or step.ins[4].shape[0] != key.shape[0]:
         return None
     kernel = step.run
 
@@ -287,6 +287,8 @@ def fast_paged_attention(step: Step, p: Param) -> Run | None:
             return CacheRows(start=used[0] * block, count=counts[0], index=None, bias=None)
         position = torch.arange(max(counts))
         index = torch.tensor(ids)[:, position // block] * block + position % block
+        if min(counts) == max(counts):
+            return CacheRows(start=0, count=len(position), index=index.flatten(), bias=None)
         hidden = position >= torch.tensor(counts)[:, None]
         bias = torch.zeros(batch, 1, 1, len(position), dtype=TORCH_DTYPE[q.dtype])
         bias.masked_fill_(hidden[:, None, None], float("-inf"))
