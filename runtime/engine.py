@@ -120,6 +120,13 @@ class Engine:
             self._jobs = {}
         return [self._output(job) for job in jobs]
 
+    def warm_up(self) -> None:
+        """One prefill and one decode step on a token nobody asked about: graphs are planned, weights packed and kernels
+        tuned before the first answer, whose times then say what later ones will be."""
+        if self.max_length > 2:
+            self.generate([[0]], SamplingParams(max_tokens=2, ignore_eos=True))
+            self.steps = []
+
     def _add(self, index: int, prompt: str | Sequence[int], params: SamplingParams) -> None:
         ids = self._encode(index, prompt)
         request = Request(prompt_ids=ids, params=params, arrived=self.clock())

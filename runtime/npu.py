@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("llmc.npu")
 FRACTAL_NZ = 29  # aclFormat ACL_FORMAT_FRACTAL_NZ
+# Chip of the ATB table -> how names of its devices begin (atb-operations.md, chip words)
+CHIP_NAMES = {"Ascend910B": ("Ascend910B", "Ascend910_93"), "Ascend310P": ("Ascend310P",)}
 
 CANN_HINT = "source /usr/local/Ascend/ascend-toolkit/set_env.sh"
 ATB_HINT = (
@@ -102,6 +104,15 @@ def set_device(rank: int) -> None:
         )
     torch.npu.set_device(rank)  # type: ignore[attr-defined]
     torch.npu.set_compile_mode(jit_compile=False)  # type: ignore[attr-defined]
+
+
+def check_chip(chip: str) -> None:
+    """Refuse to run code that was compiled for another chip; libatb would fail in the middle of a graph."""
+    import torch
+
+    name = torch.npu.get_device_name()  # type: ignore[attr-defined]
+    if not name.startswith(CHIP_NAMES[chip]):
+        raise UserError(f"this NPU is {name}, and the code is for {chip}", hint="choose another --device")
 
 
 def device() -> torch.device:

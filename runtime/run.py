@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         artifact = _artifact(args, config, cleanup)
         start = time.perf_counter()
         engine = make_engine(args, artifact, tokenizer, ids, params)
+        engine.warm_up()
         loading = time.perf_counter() - start
         callback = (lambda i, text: print(text, end="", flush=True)) if streams(args, ids, tokenizer) else None
         if callback:
@@ -224,7 +225,8 @@ def _artifact(args: argparse.Namespace, config: Mapping[str, Any], cleanup: cont
     graph = choose_variant(config, config_path) if args.graph is None else args.graph
     check_config(load_model(graph), config, config_path)
     stored = config.get("dtype") or config.get("torch_dtype")
-    options = Options(device=args.device or "host", dtype=dtype_of(args) or stored, attention=attention_of(args))
+    device = args.device or default_device(args.torch_device)
+    options = Options(device=device, dtype=dtype_of(args) or stored, attention=attention_of(args))
     try:
         target = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="llmc-"))) / "artifact"
     except OSError as error:
@@ -250,6 +252,12 @@ def _as_asked(args: argparse.Namespace, artifact: artifacts.Artifact) -> artifac
     return artifact
 
 
+def default_device(torch_device: str | None) -> str:
+    """The NPU's profile where torch_npu and torch_atb are installed and no other place is asked for, else the host."""
+    elsewhere = torch_device is not None and not torch_device.startswith("npu")
+    return "atlas-800i-a2" if npu.available() and not elsewhere else "host"
+
+
 def backend(manifest: Mapping[str, Any], wanted: str | None) -> tuple[ModuleType, torch.device]:
     """torch_atb where an NPU is asked for or there, else hostatb under the rules of the artifact's chip."""
     place = TORCH_DEVICE.fullmatch(wanted or "")
@@ -262,6 +270,7 @@ def backend(manifest: Mapping[str, Any], wanted: str | None) -> tuple[ModuleType
         profile = device_profile(manifest["device"]).environment
         atb = npu.load({**profile.get("common", {}), **profile.get(manifest["attention"], {})})
         npu.set_device(int((place and place["index"]) or 0))
+        npu.check_chip(manifest["chip"])
         return atb, npu.device()
     from llmc.runtime import hostatb
 

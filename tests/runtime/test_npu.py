@@ -172,3 +172,25 @@ def test_synchronize_waits_for_the_device(stand_in):
     device = stand_in()
     npu.synchronize()
     assert device.calls == [("synchronize", (), {})]
+
+
+@pytest.mark.parametrize(("name", "chip"), [("Ascend910B4", "Ascend910B"), ("Ascend910_9382", "Ascend910B")])
+def test_code_runs_on_the_chip_that_it_was_compiled_for(name, chip, stand_in):
+    stand_in().get_device_name = lambda: name
+    npu.check_chip(chip)
+
+
+def test_code_for_another_chip_is_refused_by_name(stand_in):
+    stand_in().get_device_name = lambda: "Ascend310P3"
+    with pytest.raises(UserError, match="Ascend310P3, and the code is for Ascend910B"):
+        npu.check_chip("Ascend910B")
+
+
+def test_the_npu_is_the_default_where_its_packages_are_installed(monkeypatch):
+    from llmc.runtime.run import default_device
+
+    assert default_device(None) == "host"
+    monkeypatch.setattr(npu, "available", lambda: True)
+    assert default_device(None) == "atlas-800i-a2"
+    assert default_device("npu:1") == "atlas-800i-a2"
+    assert default_device("cpu") == "host"
