@@ -184,14 +184,17 @@ def compile_command(args: argparse.Namespace) -> int:
 
 
 def _note_support(compiled: Any) -> None:
-    offered = compiled.model.support.get(compiled.options.device, {}).get("tp", ())
-    if compiled.options.device != "host" and compiled.options.world_size not in offered:
-        sizes = ", ".join(map(str, offered)) or "none"
-        print(
-            f"note: {compiled.model.name} is offered on {compiled.options.device} at world size {sizes}; "
-            f"this artifact is for {compiled.options.world_size}",
-            file=sys.stderr,
-        )
+    """What the model's `support:` does not offer is compiled all the same, and said."""
+    o = compiled.options
+    if o.device == "host":
+        return
+    offer = {"tp": (), **compiled.model.support.get(o.device, {})}
+    made = {"tp": o.world_size, "dtypes": compiled.dtype, "attention": o.attention}
+    for key, what in (("tp", "world size"), ("dtypes", "dtype"), ("attention", "attention")):
+        if key in offer and made[key] not in offer[key]:
+            listed = ", ".join(map(str, offer[key])) or "none"
+            note = f"{compiled.model.name} is offered on {o.device} with {what} {listed}; this artifact has {made[key]}"
+            print(f"note: {note}", file=sys.stderr)
 
 
 def check_command(args: argparse.Namespace) -> int:

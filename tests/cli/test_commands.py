@@ -164,3 +164,18 @@ def test_output_into_a_closed_pipe_is_no_traceback():
     command = f"{sys.executable} -m llmc.compiler.cli show llama2-70b | head -n 1"
     result = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert "Traceback" not in result.stderr
+
+
+def test_what_the_model_does_not_offer_is_compiled_and_said(tmp_path, capsys):
+    path = tmp_path / "mine.yaml"
+    offer = "support: {atlas-800i-a2: {tp: [8], dtypes: [float16], attention: [paged]}}"
+    path.write_text(f"extends: llama2-70b\nname: mine\n{offer}\n")
+    args = ["compile", str(path), "-o", str(tmp_path / "out")]
+    assert main([*args, "--dtype", "bfloat16", "--attention", "flash"]) == 0
+    err = capsys.readouterr().err
+    for words in (
+        "world size 8; this artifact has 1",
+        "dtype float16; this",
+        "attention paged; this artifact has flash",
+    ):
+        assert words in err
