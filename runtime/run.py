@@ -31,6 +31,7 @@ from llmc.runtime.blocks import BLOCK_SIZE, blocks_for
 from llmc.runtime.engine import Engine, Output
 from llmc.runtime.executor import Executor
 from llmc.runtime.flags import DEFAULT_QUESTION, attention_of, check_run_flags, dtype_of, sampling_of
+from llmc.runtime.hostatb.numeric import free_memory
 from llmc.runtime.runner import is_paged, make_caches, make_constants
 from llmc.runtime.sampling import SamplingParams
 from llmc.runtime.tokenizer import Tokenizer, eos_ids, load_tokenizer
@@ -330,15 +331,6 @@ def note_memory(needed: int, device: torch.device) -> None:
     free = free_memory()
     if device.type == "cpu" and free is not None and needed > free:
         note(f"the weights need {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free")
-
-
-def free_memory() -> int | None:
-    """Bytes that Linux could hand out without swapping; None elsewhere."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, StopIteration):
-        return None
 
 
 # ---- what is printed

@@ -25,7 +25,7 @@ import torch
 from llmc.compiler.atb.core import FLOATS16, Param
 from llmc.compiler.atb.elementwise import SWIGLU_FORWARD
 from llmc.compiler.atb.norm import NORM, PRENORM
-from llmc.runtime.hostatb.numeric import TORCH_DTYPE
+from llmc.runtime.hostatb.numeric import TORCH_DTYPE, free_memory
 from llmc.runtime.hostatb.operation import Single
 from llmc.runtime.hostatb.paged_attention import checked_tables
 from llmc.runtime.hostatb.step import Step
@@ -38,6 +38,8 @@ T = TypeVar("T")
 
 # From this many rows on, float32 units beat 16-bit ones on a CPU without AMX (table above).
 FLOAT32_ROWS = 48
+# Packed copies leave this much memory free: caches and activations come from it.
+RESERVE_BYTES = 2 << 30
 # Up to this many tokens one small matrix product turns a head faster than four passes over it.
 MATRIX_TOKENS = 8
 
@@ -100,8 +102,18 @@ def in_float32(x: Tensor, weight: Tensor) -> Tensor:
 
 def with_packed_weight(x: Tensor, weight: Tensor) -> Tensor:
     """[rows, k] x [n, k] -> [rows, n] on the weight's packed copy, which lives as long as the weight."""
-    packed = derived("packed", torch.ops.mkldnn._reorder_linear_weight, weight)
+    packed = derived("packed", _packed, weight)
+    if packed is None:
+        return torch.nn.functional.linear(x, weight)
     return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+def _packed(weight: Tensor) -> Tensor | None:
+    """The copy in oneDNN's layout; None where memory is short, since all copies together double the weights."""
+    free = free_memory()
+    if free is not None and free < RESERVE_BYTES + 2 * weight.nbytes:
+        return None
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
 def has_amx() -> bool:

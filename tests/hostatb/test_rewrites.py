@@ -6,6 +6,7 @@ import pytest
 import torch
 from llmc.runtime import hostatb
 from llmc.runtime.hostatb import graph as graph_module
+from llmc.runtime.hostatb import rewrites
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 DTYPES = list(TOLERANCE)
@@ -72,3 +73,10 @@ def test_a_weight_that_changes_in_place_is_packed_anew():
     weight.mul_(2)
     doubled = run(param, [x, weight], outputs)[0]
     torch.testing.assert_close(doubled, run(param, [x, weight.clone()], outputs)[0])
+
+
+def test_where_memory_is_short_weights_are_used_as_they_are(monkeypatch):
+    monkeypatch.setattr(rewrites, "free_memory", lambda: 1 << 20)
+    param, (x, weight), outputs = linear(torch.bfloat16, 1, False)
+    torch.testing.assert_close(run(param, [x, weight], outputs)[0], torch.nn.functional.linear(x, weight))
+    assert rewrites._packed(weight) is None
