@@ -1,9 +1,9 @@
 """Weights: from the safetensors files of a checkpoint to the tensors that the graph names.
 
 Enters the manifest's "weights" object and a checkpoint directory; leaves name -> tensor. Headers are read first and
-every problem is told in one table; then each tensor is copied into its place. A file is opened anew for each tensor:
-safetensors maps files, and mapped pages count as resident until the file is closed. So the peak is the result and one
-tensor.
+every problem is told in one table; then each tensor is copied into its place. A file is opened anew for each piece of a
+tensor: safetensors maps files, and mapped pages count as resident until the file is closed. So the peak is the result
+and one piece.
 
     weights = load_weights(manifest["weights"], Path("llama-2-13b"), device="cpu")
     weights["layers.0.attn.qkv.weight"]      # [15360, 5120] from three tensors of the checkpoint
@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from llmc.compiler.diagnostics import UserError
 from safetensors import SafetensorError, safe_open
 
 LOG = logging.getLogger("llmc.weights")
+CHUNK_BYTES = 64 << 20  # one piece: large reads, small beside any model
 SUGGESTIONS = 20  # nearest names are looked for this often: each costs a pass over all names
 UNFINISHED = ".llmc-convert.json"  # `llmc convert` removes it as its last step
 BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")  # saved by old transformers, not weights
@@ -101,14 +103,21 @@ def _taken(source: Mapping[str, Any]) -> tuple[int, ...]:
 
 def _copy(source: Stored, rows: Mapping[str, int] | None, target: torch.Tensor) -> None:
     """Checkpoint -> target: the whole tensor, or `size` rows from `offset` in each of `groups` runs of `stride`."""
-    with opened(source.file) as file:
-        if rows is None:
+    if not source.shape:
+        with opened(source.file) as file:
             target.copy_(file.get_tensor(source.name))
-            return
-        stored, size = file.get_slice(source.name), rows["size"]
-        for group in range(rows["groups"]):
-            start = group * rows["stride"] + rows["offset"]
-            target[group * size : (group + 1) * size].copy_(stored[start : start + size])
+        return
+    whole = {"groups": 1, "stride": 0, "offset": 0, "size": source.shape[0]}
+    run = rows or whole
+    row_bytes = math.prod(source.shape[1:]) * DTYPES[source.dtype].itemsize
+    step = max(1, CHUNK_BYTES // max(1, row_bytes))
+    for group in range(run["groups"]):
+        start, into = group * run["stride"] + run["offset"], group * run["size"]
+        for at in range(0, run["size"], step):
+            count = min(step, run["size"] - at)
+            with opened(source.file) as file:
+                chunk = file.get_slice(source.name)[start + at : start + at + count]
+                target[into + at : into + at + count].copy_(chunk)
 
 
 # ---- headers

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from llmc.compiler.diagnostics import UserError
+from llmc.runtime import weights as module
 from llmc.runtime.weights import load_weights, read_headers
 from safetensors.torch import save_file
 
@@ -67,7 +68,9 @@ def test_interleaved_groups_are_picked_row_by_row(tmp_path, tensors):
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("wanted", ["float32", "float16", "bfloat16"])
-def test_values_are_cast_once(tmp_path, stored, wanted):
+@pytest.mark.parametrize("chunk", [16, 64, 1 << 20])
+def test_values_are_cast_once_whatever_the_pieces(tmp_path, monkeypatch, stored, wanted, chunk):
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
     original = random(7, 5, dtype=stored)
     manifest = {"w": weight(source("w", 7, 5), shape=[7, 5], dtype=wanted)}
     assert torch.equal(load(manifest, saved(tmp_path, {"w": original}))["w"], original.to(getattr(torch, wanted)))
