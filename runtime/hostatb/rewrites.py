@@ -25,6 +25,7 @@ import torch
 from llmc.compiler.atb.core import FLOATS16, Param
 from llmc.compiler.atb.elementwise import SWIGLU_FORWARD
 from llmc.compiler.atb.norm import NORM, PRENORM
+from llmc.compiler.atb.self_attention import DECODER
 from llmc.runtime.hostatb.numeric import TORCH_DTYPE, free_memory
 from llmc.runtime.hostatb.operation import Single
 from llmc.runtime.hostatb.paged_attention import checked_tables
@@ -299,14 +300,9 @@ def fast_paged_attention(step: Step, p: Param) -> Run | None:
             return CacheRows(start=used[0] * block, count=counts[0], index=None, bias=None)
         position = torch.arange(max(counts))
         index = torch.tensor(ids)[:, position // block] * block + position % block
-        if min(counts) == max(counts):
-            return CacheRows(start=0, count=len(position), index=index.flatten(), bias=None)
-        hidden = position >= torch.tensor(counts)[:, None]
-        bias = torch.zeros(batch, 1, 1, len(position), dtype=TORCH_DTYPE[q.dtype])
-        bias.masked_fill_(hidden[:, None, None], float("-inf"))
         # Padding may point at rows never written, which may hold NaN: it reads the sequence's first row instead.
-        index = torch.where(hidden, index[:, :1], index)
-        return CacheRows(start=0, count=len(position), index=index.flatten(), bias=bias)
+        index = torch.where(position >= torch.tensor(counts)[:, None], index[:, :1], index)
+        return CacheRows(start=0, count=len(position), index=index.flatten(), bias=_padding(counts, q.dtype))
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
         q, key_cache, value_cache, tables, lengths = tensors
@@ -324,9 +320,76 @@ def _read(cache: Tensor, rows: CacheRows, batch: int) -> Tensor:
     _, _, kv_heads, size = cache.shape
     row = kv_heads * size
     if rows.index is None:
-        return cache.as_strided((1, kv_heads, rows.count, size), (0, size, row, 1), rows.start * row)
+        start = cache.storage_offset() + rows.start * row
+        return cache.as_strided((1, kv_heads, rows.count, size), (0, size, row, 1), start)
     found = cache.flatten(0, 1).index_select(0, rows.index)
     return found.as_strided((batch, kv_heads, rows.count, size), (rows.count * row, size, row, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """Contiguous caches: rows [B] (of B * S) where this step's keys go, the longest sequence; index and mask when some
+    are shorter, as in CacheRows."""
+
+    rows: Tensor
+    longest: int
+    index: Tensor | None
+    bias: Tensor | None
+
+
+def fast_flash_decode(step: Step, p: Param) -> Run | None:
+    """One new token in every sequence of contiguous caches [1, B, S, Nk * D]: append, then all in one call."""
+    options = (p.maskType, p.kvcacheCfg, p.clampType, p.scaleType, p.cacheType, p.inputLayout, p.quantType)
+    if p.calcType != DECODER or any(options) or p.batchRunStatusEnable or p.windowSize or len(step.ins) != 8:
+        return None
+    q, key, value, k_cache, v_cache = step.ins[:5]
+    heads, kv_heads = p.headNum, p.kvHeadNum or p.headNum
+    batch, width = q.shape[0], k_cache.shape[-1]
+    caches = k_cache == v_cache and k_cache.format == "nd" and k_cache.shape[:2] == (1, batch) and not width % kv_heads
+    if not caches or len(q.shape) != 2 or p.qScale != 1 or key.shape != (batch, width) or value.shape != key.shape:
+        return None
+    room, size, kernel = k_cache.shape[2], width // kv_heads, step.run
+
+    def ends_of(offsets: Tensor, lengths: Tensor, layer: Tensor) -> Ends | None:
+        counts = offsets.tolist()
+        if set(lengths.tolist()) != {1} or not 0 < min(counts) <= max(counts) <= room or layer.item() != 0:
+            return None
+        first, longest = torch.arange(batch) * room, max(counts)
+        ends, bias, index = first + torch.tensor(counts), _padding(counts, q.dtype), None
+        if bias is not None:
+            index = first[:, None] + torch.arange(longest)
+            index = torch.where(index >= ends[:, None], first[:, None], index).flatten()
+        return Ends(rows=ends - 1, longest=longest, index=index, bias=bias)
+
+    def append_and_read(new: Tensor, cache: Tensor, ends: Ends) -> Tensor:
+        """-> [B, Nk, longest, D]"""
+        flat = cache.view(-1, width)
+        flat.index_copy_(0, ends.rows, new)
+        if ends.index is None:
+            return cache.as_strided((batch, kv_heads, ends.longest, size), (room * width, size, width, 1))
+        found = flat.index_select(0, ends.index)
+        return found.as_strided((batch, kv_heads, ends.longest, size), (ends.longest * width, size, width, 1))
+
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        q, key, value, k_cache, v_cache, *lengths = tensors
+        ends = derived(f"ends_below_{room}", ends_of, *lengths)
+        if ends is None:
+            return kernel(tensors)
+        keys, values = append_and_read(key, k_cache, ends), append_and_read(value, v_cache, ends)
+        grouped = q.view(batch, kv_heads, heads // kv_heads, size)
+        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=ends.bias, scale=p.qkScale)
+        return [out.reshape(q.shape)]
+
+    return run
+
+
+def _padding(counts: Sequence[int], dtype: str) -> Tensor | None:
+    """[B, 1, 1, longest]: -inf beyond the end of each sequence; None where all are equally long."""
+    if min(counts) == max(counts):
+        return None
+    bias = torch.zeros(len(counts), 1, 1, max(counts), dtype=TORCH_DTYPE[dtype])
+    hidden = torch.arange(max(counts)) >= torch.tensor(counts)[:, None]
+    return bias.masked_fill_(hidden[:, None, None], float("-inf"))
 
 
 REWRITES: dict[str, Callable[[Step, Param], Run | None]] = {
@@ -336,4 +399,5 @@ REWRITES: dict[str, Callable[[Step, Param], Run | None]] = {
     "Activation": fast_swiglu,
     "ReshapeAndCache": fast_reshape_and_cache,
     "PagedAttention": fast_paged_attention,
+    "SelfAttention": fast_flash_decode,
 }

@@ -80,3 +80,49 @@ def test_where_memory_is_short_weights_are_used_as_they_are(monkeypatch):
     param, (x, weight), outputs = linear(torch.bfloat16, 1, False)
     torch.testing.assert_close(run(param, [x, weight], outputs)[0], torch.nn.functional.linear(x, weight))
     assert rewrites._packed(weight) is None
+
+
+@pytest.mark.parametrize("totals", [(7, 7, 7), (3, 7, 1)], ids=["equal", "unequal"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_flash_decode_in_one_call_is_the_kernel_and_reads_nothing_beyond_a_sequences_end(dtype, totals, monkeypatch):
+    """Rows beyond the ends hold NaN: a read of one shows."""
+    torch.manual_seed(1)
+    calc = hostatb.SelfAttentionParam.CalcType.DECODER
+    param = hostatb.SelfAttentionParam(head_num=4, kv_head_num=2, qk_scale=0.25, calc_type=calc)
+    q, k, v = (torch.randn(3, n).to(dtype) for n in (64, 32, 32))
+    caches = [torch.randn(1, 3, 16, 32).to(dtype) for _ in range(2)]
+    for cache in caches:
+        for row, total in enumerate(totals):
+            cache[0, row, total - 1 :] = float("nan")
+    lengths = [torch.tensor(values, dtype=torch.int32) for values in (totals, (1, 1, 1), (0,))]
+    results = []
+    for change in (None, lambda steps: steps):
+        if change:
+            monkeypatch.setattr(graph_module, "rewrite", change)
+        mine = [c.clone() for c in caches]
+        results.append((run(param, [q, k, v, *mine, *lengths], 1)[0], *mine))
+    for fast, plain in zip(*results, strict=True):
+        torch.testing.assert_close(
+            fast.float(), plain.float(), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True
+        )
+    assert not results[0][0].isnan().any()
+
+
+@pytest.mark.parametrize("lengths", [(130, 130), (130, 3), (5,), (130,)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_paged_decode_in_one_call_is_the_kernel_also_in_a_view_of_a_larger_cache(dtype, lengths, monkeypatch):
+    torch.manual_seed(2)
+    batch = len(lengths)
+    param = hostatb.PagedAttentionParam(head_num=4, kv_head_num=2, qk_scale=0.25)
+    q = torch.randn(batch, 4, 16).to(dtype)
+    caches = [torch.randn(9, 128, 2, 16).to(dtype)[1:] for _ in range(2)]
+    tables = torch.tensor([[6, 2], [1, 5]][:batch], dtype=torch.int32)
+    inputs = [q, *caches, tables, torch.tensor(lengths, dtype=torch.int32)]
+    fast = run(param, inputs, 1)[0]
+    monkeypatch.setattr(graph_module, "rewrite", lambda steps: steps)
+    close(fast, run(param, inputs, 1)[0], dtype)
+
+
+def close(a, b, dtype, **more) -> None:
+    """Attention rounds twice, the weights of the sum and the result, and the two ways may differ in both."""
+    torch.testing.assert_close(a.float(), b.float(), rtol=2 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype], **more)
