@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from llmc.compiler.artifact import default_name, make_manifest
+from llmc.compiler.artifact import default_name
 from llmc.compiler.ir import AtbGraph, AtbNode, Graph, Node, show_shape
+from llmc.compiler.memory import memory_plan
 from llmc.compiler.passes.segment import LAYER, Segment
 from llmc.compiler.pipeline import Compiled
 
@@ -55,7 +56,6 @@ def _segment_line(part: Segment) -> str:
 
 def summary(compiled: Compiled) -> dict[str, Any]:
     """The closing facts of a compilation as plain data."""
-    manifest = make_manifest(compiled)
     return {
         "model": compiled.model.name,
         "artifact": default_name(compiled),
@@ -66,7 +66,7 @@ def summary(compiled: Compiled) -> dict[str, Any]:
         "operators": len(compiled.graph.nodes),
         "operations": {phase: len(low.nodes) for phase, low in compiled.lowered.items()},
         "segments": {phase: [part.counts for part in parts] for phase, parts in compiled.segments.items()},
-        **manifest["memory"],
+        **memory_plan(compiled.graph.weights, compiled.lowered),
     }
 
 
