@@ -289,7 +289,7 @@ def fast_paged_attention(step: Step, p: Param) -> Run | None:
         return None
     batch, heads, size = q.shape
     blocks, block, kv_heads, _ = key_cache.shape
-    chip = step.core.chip
+    chip, dtype = step.core.chip, q.dtype
 
     def rows_of(cache: Tensor, lengths: Tensor, tables: Tensor) -> CacheRows:
         named = {"keyCache": cache, "blockTables": tables}
@@ -300,13 +300,11 @@ def fast_paged_attention(step: Step, p: Param) -> Run | None:
             return CacheRows(start=used[0] * block, count=counts[0], index=None, bias=None)
         position = torch.arange(max(counts))
         index = torch.tensor(ids)[:, position // block] * block + position % block
-        # Padding may point at rows never written, which may hold NaN: it reads the sequence's first row instead.
-        index = torch.where(position >= torch.tensor(counts)[:, None], index[:, :1], index)
-        return CacheRows(start=0, count=len(position), index=index.flatten(), bias=_padding(counts, q.dtype))
+        return CacheRows(start=0, count=len(position), index=_own(index, counts), bias=_padding(counts, dtype))
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
         q, key_cache, value_cache, tables, lengths = tensors
-        rows = derived(f"rows_of_{blocks}", partial(rows_of, key_cache), lengths, tables)
+        rows = derived(f"rows_of_{blocks}x{block}_{dtype}", partial(rows_of, key_cache), lengths, tables)
         keys, values = (_read(cache, rows, batch) for cache in (key_cache, value_cache))
         grouped = q.view(batch, kv_heads, heads // kv_heads, size)
         out = scaled_dot_product_attention(grouped, keys, values, attn_mask=rows.bias, scale=p.qkScale)
@@ -348,18 +346,15 @@ def fast_flash_decode(step: Step, p: Param) -> Run | None:
     caches = k_cache == v_cache and k_cache.format == "nd" and k_cache.shape[:2] == (1, batch) and not width % kv_heads
     if not caches or len(q.shape) != 2 or p.qScale != 1 or key.shape != (batch, width) or value.shape != key.shape:
         return None
-    room, size, kernel = k_cache.shape[2], width // kv_heads, step.run
+    room, size, dtype, kernel = k_cache.shape[2], width // kv_heads, q.dtype, step.run
 
     def ends_of(offsets: Tensor, lengths: Tensor, layer: Tensor) -> Ends | None:
         counts = offsets.tolist()
         if set(lengths.tolist()) != {1} or not 0 < min(counts) <= max(counts) <= room or layer.item() != 0:
             return None
-        first, longest = torch.arange(batch) * room, max(counts)
-        ends, bias, index = first + torch.tensor(counts), _padding(counts, q.dtype), None
-        if bias is not None:
-            index = first[:, None] + torch.arange(longest)
-            index = torch.where(index >= ends[:, None], first[:, None], index).flatten()
-        return Ends(rows=ends - 1, longest=longest, index=index, bias=bias)
+        first, longest, bias = torch.arange(batch) * room, max(counts), _padding(counts, dtype)
+        index = None if bias is None else _own(first[:, None] + torch.arange(longest), counts)
+        return Ends(rows=first + torch.tensor(counts) - 1, longest=longest, index=index, bias=bias)
 
     def append_and_read(new: Tensor, cache: Tensor, ends: Ends) -> Tensor:
         """-> [B, Nk, longest, D]"""
@@ -372,7 +367,7 @@ def fast_flash_decode(step: Step, p: Param) -> Run | None:
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
         q, key, value, k_cache, v_cache, *lengths = tensors
-        ends = derived(f"ends_below_{room}", ends_of, *lengths)
+        ends = derived(f"ends_below_{room}_{dtype}", ends_of, *lengths)
         if ends is None:
             return kernel(tensors)
         keys, values = append_and_read(key, k_cache, ends), append_and_read(value, v_cache, ends)
@@ -383,13 +378,23 @@ def fast_flash_decode(step: Step, p: Param) -> Run | None:
     return run
 
 
+def _beyond(counts: Sequence[int]) -> Tensor:
+    """[B, longest]: the positions that a sequence does not have."""
+    return torch.arange(max(counts)) >= torch.tensor(counts)[:, None]
+
+
+def _own(index: Tensor, counts: Sequence[int]) -> Tensor:
+    """Rows [B, longest] -> [B * longest]. Padding may point at rows never written, which may hold NaN: it reads the
+    sequence's first row instead."""
+    return torch.where(_beyond(counts), index[:, :1], index).flatten()
+
+
 def _padding(counts: Sequence[int], dtype: str) -> Tensor | None:
     """[B, 1, 1, longest]: -inf beyond the end of each sequence; None where all are equally long."""
     if min(counts) == max(counts):
         return None
     bias = torch.zeros(len(counts), 1, 1, max(counts), dtype=TORCH_DTYPE[dtype])
-    hidden = torch.arange(max(counts)) >= torch.tensor(counts)[:, None]
-    return bias.masked_fill_(hidden[:, None, None], float("-inf"))
+    return bias.masked_fill_(_beyond(counts)[:, None, None], float("-inf"))
 
 
 REWRITES: dict[str, Callable[[Step, Param], Run | None]] = {
