@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from llmc.compiler.diagnostics import Place
+from llmc.compiler.sharding import WHOLE, Shard
 
 Dim = int | str
 Shape = tuple[Dim, ...]
@@ -33,11 +34,16 @@ def evaluate(shape: Shape, symbols: Mapping[str, int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorType:
-    """dtype, shape, and how the value lies over the ranks: "R" whole, "S(d)" split on axis d, "P" partial sums."""
+    """dtype, whole shape, and how the value lies over the ranks: R whole, S(d) split on axis d, P partial sums."""
 
     dtype: str
     shape: Shape
-    shard: str = "R"
+    shard: Shard = WHOLE
+
+    @property
+    def local(self) -> Shape:
+        """The shape on one rank, the same on all."""
+        return self.shard.local(self.shape)
 
     def __str__(self) -> str:
         return f"{self.dtype} {show_shape(self.shape)} {self.shard}"
@@ -108,6 +114,7 @@ class Graph:
     policy: tuple[Mapping[str, Any], ...] = ()  # rules {nodes, layers, dtype}, first match wins
     types: Mapping[str, TensorType] = field(default_factory=dict)
     phase: str = ""  # "" before the split, then "prefill" or "decode"
+    world_size: int = 1  # of the sharding that the types say
 
     @cached_property
     def by_name(self) -> Mapping[str, Node]:
