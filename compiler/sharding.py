@@ -102,7 +102,7 @@ def deal_heads(heads: int, kv_heads: int, head_dim: int, world_size: int) -> tup
     for rank in range(world_size):
         first, part = divmod(rank * block, copies)
         held = max(0, min(block, kv_heads - first))
-        start = min(first * group + part * share, heads)
+        start = min(first * group + part * share, (first + 1) * group, heads)
         end = min((first + 1) * group, start + share) if copies > 1 else start + held * group
         queries.append((start * head_dim, (end - start if held else 0) * head_dim))
         keys.append((min(first, kv_heads) * head_dim, held * head_dim))
