@@ -1,4 +1,4 @@
-"""How axes lie over ranks: properties over all sizes, and the facts that the vendor's stack gives (mindie-stack.md 4)."""
+"""How axes lie over ranks: properties over all sizes, and facts of the vendor's stack (mindie-stack.md 4)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ def elements(split: Split) -> list[list[int]]:
     return [list(range(start, start + count)) for start, count in split.runs]
 
 
+def joined(shares: list[list]) -> list:
+    return [item for share in shares for item in share]
+
+
 @st.composite
 def attentions(draw) -> tuple[int, int, int]:
     """heads, kv heads and world size"""
@@ -27,7 +31,7 @@ def attentions(draw) -> tuple[int, int, int]:
 @given(size=SIZES, world_size=WORLDS, unit=st.sampled_from([1, 2, 16]))
 def test_a_dealt_axis_is_a_partition_in_order_with_padding_only_at_the_end(size, world_size, unit):
     split = deal(size * unit, world_size, unit)
-    assert sum(elements(split), []) == list(range(size * unit))
+    assert joined(elements(split)) == list(range(size * unit))
     assert split.is_partition
     assert split.in_order
     assert split.keeps_whole(unit)
@@ -46,7 +50,7 @@ def test_shares_put_one_after_the_other_are_the_axis_and_then_zeros(size, world_
     """What all-gather gives, and what is cut from it."""
     split = deal(size, world_size)
     padded = [[*held, *([None] * (split.local - len(held)))] for held in elements(split)]
-    assert sum(padded, []) == [*range(size), *([None] * (split.local * world_size - size))]
+    assert joined(padded) == [*range(size), *([None] * (split.local * world_size - size))]
 
 
 @given(attentions())
@@ -54,7 +58,7 @@ def test_shares_put_one_after_the_other_are_the_axis_and_then_zeros(size, world_
 def test_query_heads_are_a_partition_of_whole_heads(attention):
     heads, kv_heads, world_size = attention
     queries, _ = deal_heads(heads, kv_heads, HEAD_DIM, world_size)
-    assert sorted(sum(elements(queries), [])) == list(range(heads * HEAD_DIM))
+    assert sorted(joined(elements(queries))) == list(range(heads * HEAD_DIM))
     assert queries.is_partition
     assert queries.keeps_whole(HEAD_DIM)
     assert all(0 <= count <= queries.local for _, count in queries.runs)
@@ -64,7 +68,7 @@ def test_query_heads_are_a_partition_of_whole_heads(attention):
 def test_every_kv_head_is_held_whole_and_twice_only_where_ranks_outnumber_kv_heads(attention):
     heads, kv_heads, world_size = attention
     _, keys = deal_heads(heads, kv_heads, HEAD_DIM, world_size)
-    held = sum(elements(keys), [])
+    held = joined(elements(keys))
     assert set(held) == set(range(kv_heads * HEAD_DIM))
     assert keys.keeps_whole(HEAD_DIM)
     assert all(0 <= count <= keys.local for _, count in keys.runs)
@@ -173,7 +177,7 @@ def test_padding_in_the_middle_is_a_partition_but_not_in_order():
 def test_in_order_says_whether_shares_and_padding_restore_the_axis(attention):
     queries, _ = deal_heads(attention[0], attention[1], 1, attention[2])
     padded = [[*held, *([None] * (queries.local - len(held)))] for held in elements(queries)]
-    restored = sum(padded, [])[: queries.size]
+    restored = joined(padded)[: queries.size]
     assert queries.in_order == (restored == list(range(queries.size)))
 
 
