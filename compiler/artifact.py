@@ -30,12 +30,13 @@ from llmc.compiler.memory import memory_plan
 from llmc.compiler.passes.phase import PHASES
 from llmc.compiler.passes.segment import Segment
 from llmc.compiler.pipeline import Compiled
+from llmc.compiler.sharding import Split, named
 
-FORMAT = 2  # of the manifest; raise when a reader of the old one would misunderstand the new one
+FORMAT = 3  # of the manifest; raise when a reader of the old one would misunderstand the new one
 MANIFEST = "manifest.json"
 # What a reader relies on.
 KEYS = {"model", "device", "chip", "dtype", "attention", "world_size", "sizes", "rope", "config", "files", "phases"}
-KEYS |= {"inputs", "constants", "caches", "weights"}
+KEYS |= {"inputs", "constants", "caches", "weights", "splits", "backend"}
 ATTEMPTS = 100  # writers of one target at the same time: each of them costs the others at most one
 
 
@@ -73,6 +74,7 @@ def phase_text(compiled: Compiled, phase: str) -> str:
             f"(sha256 {compiled.model.source_hash}); do not edit."
         ),
         rows=python_rows(compiled.segments[phase], compiled.model.name),
+        world_size=o.world_size,
     )
 
 
@@ -82,6 +84,7 @@ def make_manifest(compiled: Compiled) -> dict[str, Any]:
     # An input of both phases has prefill's shape, the general one: in decode T is B.
     tensors = {name: t for low in reversed(list(compiled.lowered.values())) for name, t in low.tensors.items()}
     roles = {role: {n: t for n, t in tensors.items() if t.role == role} for role in ("input", "constant", "cache")}
+    splits = named([split for w in graph.weights.values() for split in w.type.shard.splits])
     return {
         "format": FORMAT,
         "generator": f"llmc {version('llmc')}",
@@ -92,13 +95,18 @@ def make_manifest(compiled: Compiled) -> dict[str, Any]:
         "dtype": compiled.dtype,
         "attention": o.attention,
         "world_size": o.world_size,
+        "backend": o.backend,
         "sizes": dict(graph.sizes),
         "rope": dict(graph.rope),
         "config": {key: {"is": rule.value, "or": rule.default} for key, rule in compiled.model.config.items()},
         "inputs": {n: {**_describe(t), "host": t.host} for n, t in roles["input"].items()},
         "constants": {n: _constant(n, t, compiled) for n, t in roles["constant"].items()},
         "caches": {n: _describe(t) for n, t in roles["cache"].items()},
-        "weights": {name: describe_weight(w) for name, w in graph.weights.items()},
+        "weights": {name: describe_weight(w, splits) for name, w in graph.weights.items()},
+        "splits": {
+            name: {"size": split.size, "local": split.local, "ranks": [list(run) for run in split.runs]}
+            for split, name in splits.items()
+        },
         "memory": memory_plan(graph.weights, compiled.lowered),
         "phases": {phase: _phase(compiled, phase) for phase in compiled.segments},
     }
@@ -148,20 +156,24 @@ def _constant(name: str, t: AtbTensor, compiled: Compiled) -> dict[str, Any]:
     return {**_describe(t), "kind": f"rope_{name.split('_')[0]}"}
 
 
-def describe_weight(weight: Weight) -> dict[str, Any]:
-    """A weight's sources in the checkpoint, and what the loader makes of them."""
+def describe_weight(weight: Weight, splits: Mapping[Split, str]) -> dict[str, Any]:
+    """A weight's sources in the checkpoint, and what the loader makes of them: `shape` is one rank's.
+
+    S(0): of each source a rank takes the rows that the split of the same place says; S(1): of every source the columns
+    of the one split; P: rank 0 takes all, the others have zeros."""
     return {
         "sources": [
             {"tensor": s.tensor, "shape": list(s.shape), "rows": asdict(s.rows) if s.rows else None}
             for s in weight.sources
         ],
         "axis": 0,
-        "shape": list(weight.type.shape),
+        "shape": list(weight.type.local),
         "dtype": weight.type.dtype,
         "transpose": False,
         "format": "nd",
-        "shard": weight.type.shard,
-        "split": weight.split,
+        "tp": weight.split,
+        "shard": str(weight.type.shard),
+        "splits": [splits[split] for split in weight.type.shard.splits],
     }
 
 

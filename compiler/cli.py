@@ -109,7 +109,15 @@ def graph_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="atlas-800i-a2", help="atlas-800i-a2 (default) or host")
     p.add_argument("--dtype", help="float16, bfloat16; on host also float32 (default: the model's)")
     p.add_argument("--attention", default="paged", help="paged (default) or flash")
-    p.add_argument("--tp", "--world-size", type=int, default=1, dest="tp", help="world size of tensor parallelism")
+    p.add_argument(
+        "--tp",
+        "--world-size",
+        type=int,
+        dest="tp",
+        help="world size of tensor parallelism (default: the smallest that the model offers on the device)",
+    )
+    p.add_argument("--backend", help="of collectives: lccl or hccl (default: the device's)")
+    p.add_argument("--allow-unsupported", action="store_true", help="also what the model's `support:` does not offer")
     p.add_argument("--fuse", metavar="LIST", help="fusions to apply, comma separated, or none (default: the device's)")
     p.add_argument("--layers-per-segment", type=int, default=0, help="at most so many layers in one ATB graph")
     p.add_argument("--json", action="store_true", help="facts and problems as one JSON object")
@@ -153,6 +161,8 @@ def _options(args: argparse.Namespace) -> Any:
         dtype=args.dtype,
         attention=args.attention,
         world_size=args.tp,
+        backend=args.backend,
+        allow_unsupported=args.allow_unsupported,
         fusions=fusions,
         layers_per_segment=args.layers_per_segment,
     )
@@ -173,7 +183,6 @@ def compile_command(args: argparse.Namespace) -> int:
         artifact.write(compiled, target)
         facts = {"path": str(target), **show.summary(compiled)}
         closing = f"{target}: {show.summary_line(compiled)} ({time.perf_counter() - start:.2f} s)"
-        _note_support(compiled)
     if args.json:
         print(json.dumps({"ok": True, **facts, **({"graphs": graphs} if graphs else {})}, indent=1))
         return 0
@@ -181,20 +190,6 @@ def compile_command(args: argparse.Namespace) -> int:
         print(f"--- {phase}\n{text}")
     print(closing)
     return 0
-
-
-def _note_support(compiled: Any) -> None:
-    """What the model's `support:` does not offer is compiled all the same, and said."""
-    o = compiled.options
-    if o.device == "host":
-        return
-    offer = {"tp": (), **compiled.model.support.get(o.device, {})}
-    made = {"tp": o.world_size, "dtypes": compiled.dtype, "attention": o.attention}
-    for key, what in (("tp", "world size"), ("dtypes", "dtype"), ("attention", "attention")):
-        if key in offer and made[key] not in offer[key]:
-            listed = ", ".join(map(str, offer[key])) or "none"
-            note = f"{compiled.model.name} is offered on {o.device} with {what} {listed}; this artifact has {made[key]}"
-            print(f"note: {note}", file=sys.stderr)
 
 
 def check_command(args: argparse.Namespace) -> int:

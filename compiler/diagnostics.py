@@ -64,6 +64,7 @@ CODES: Mapping[str, str] = {
     # 3xx: types
     "E301": "shapes do not agree",
     "E302": "dtypes do not agree",
+    "E303": "values lie over the ranks in a way that has no rule",
     # 4xx: devices
     "E401": "device, dtype, attention or world size not offered",
     "E402": "operation refused by ATB's rules",

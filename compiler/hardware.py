@@ -28,6 +28,7 @@ class Device:
     dtypes: tuple[str, ...]
     attention: tuple[str, ...]
     fusions: Mapping[str, tuple[str, ...]]  # phase -> fusions that are on by default
+    backends: Mapping[str, str]  # of collectives, the default first -> that of the fused LinearParallel, "" if none
     causal_mask: Mapping[str, float]  # dtype -> value above the diagonal of the NORM_COMPRESS mask
     environment: Mapping[str, Mapping[str, str]]  # "common" and attention mode -> variables
 
@@ -58,6 +59,7 @@ def device(name: str) -> Device:
         dtypes=tuple(data["dtypes"]),
         attention=tuple(data["attention"]),
         fusions={phase: tuple(names) for phase, names in data["fusions"].items()},
+        backends=data["backends"],
         causal_mask=data["causal_mask"],
         environment=data["environment"],
     )

@@ -69,6 +69,10 @@ class Source:
     rows: Rows | None = None
     place: Place | None = None
 
+    @property
+    def rows_taken(self) -> int:
+        return self.rows.groups * self.rows.size if self.rows else self.shape[0]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
@@ -149,13 +153,14 @@ class Graph:
 
 @dataclass(frozen=True, kw_only=True)
 class AtbTensor:
-    """A tensor of an ATB graph. `role`: weight | cache | input | constant | internal."""
+    """A tensor of an ATB graph on one rank. `role`: weight | cache | input | constant | internal."""
 
     dtype: str
     shape: Shape
     format: str = "nd"
     role: str = "internal"
     host: bool = False  # libatb reads the host copy: a CPU tensor with torch_atb
+    shard: Shard = WHOLE  # how the value lies over the ranks; `shape` is one rank's
 
     def __str__(self) -> str:
         return f"{self.dtype} {self.format} {show_shape(self.shape)}"

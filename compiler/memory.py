@@ -18,7 +18,7 @@ def memory_plan(weights: Mapping[str, Weight], lowered: Mapping[str, AtbGraph]) 
     intermediates that live at one time, for each token of the step (logits and workspaces of kernels not counted)."""
     unique = {(tuple((s.tensor, s.rows) for s in w.sources), w.type): w.type for w in weights.values()}
     return {
-        "weight_bytes": sum(known_bytes(t.dtype, t.shape) for t in unique.values()),
+        "weight_bytes": sum(known_bytes(t.dtype, t.local) for t in unique.values()),
         "cache_bytes_per_token": cache_bytes_per_token(next(iter(lowered.values()))),
         "activation_bytes_per_token": {phase: peak_bytes_per_token(graph) for phase, graph in lowered.items()},
     }

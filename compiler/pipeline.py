@@ -9,17 +9,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from llmc.compiler.atb.collective import DEVICE_COUNT
 from llmc.compiler.build import Model, load_model
 from llmc.compiler.diagnostics import DiagnosticError, UserError
 from llmc.compiler.hardware import Device, device
 from llmc.compiler.ir import AtbGraph, Graph
-from llmc.compiler.passes.fuse import FUSIONS, fuse_add_norm, fuse_swiglu
+from llmc.compiler.passes.fuse import FUSIONS, fuse_add_norm, fuse_linear_all_reduce, fuse_swiglu
 from llmc.compiler.passes.lower import lower
 from llmc.compiler.passes.phase import PHASES, split_phase
 from llmc.compiler.passes.segment import Segment, segment
+from llmc.compiler.passes.shard import shard
 from llmc.compiler.passes.types import apply_dtypes, infer_types, with_dtype
 from llmc.compiler.verify import verify_atb, verify_graph, verify_segments
 
@@ -31,19 +33,30 @@ class Options:
     device: str = "atlas-800i-a2"
     dtype: str | None = None
     attention: str = "paged"
-    world_size: int = 1
+    world_size: int | None = None  # None: the smallest that the model's `support:` offers on the device, else 1
+    backend: str | None = None  # of collectives
     fusions: tuple[str, ...] | None = None
     layers_per_segment: int = 0
+    allow_unsupported: bool = False  # compile also what `support:` does not offer
 
 
 def always(name: str, graph: Graph, options: Options) -> bool:
     return True
 
 
+def parallel(name: str, graph: Graph, options: Options) -> bool:
+    return options.world_size != 1
+
+
 def fused(name: str, graph: Graph, options: Options) -> bool:
     """Fusions are chosen by the user, else by the device for this phase."""
     chosen = options.fusions if options.fusions is not None else device(options.device).fusions[graph.phase]
     return name in chosen
+
+
+def fuse_collective(graph: Graph, options: Options) -> Graph:
+    target = device(options.device)
+    return fuse_linear_all_reduce(graph, target.chip, target.backends.get(options.backend or "", ""))
 
 
 @dataclass(frozen=True)
@@ -60,12 +73,14 @@ class Pass:
 MODEL_PASSES = (
     Pass("dtype",    lambda g, o: with_dtype(g, o.dtype or g.dtype), "weights in the dtype asked for"),
     Pass("policy",   lambda g, o: apply_dtypes(g),                   "casts around nodes with another dtype"),
-    Pass("types",    lambda g, o: infer_types(g),                    "every edge gets shape, dtype and sharding"),
+    Pass("types",    lambda g, o: infer_types(g),                    "every edge gets shape and dtype"),
+    Pass("shard",    lambda g, o: shard(g, o.world_size),            "sharding of every edge; collectives", parallel),
 )
 PHASE_PASSES = (  # for prefill, then for decode
     Pass("swiglu",   lambda g, o: fuse_swiglu(g),                    "split, silu, mul in one operation", fused),
     Pass("add_norm", lambda g, o: fuse_add_norm(g),                  "residual add and norm in one operation", fused),
-    Pass("lower",    lambda g, o: lower(g, o.attention),             "operators become ATB operations"),
+    Pass("linear_all_reduce", fuse_collective,                       "product and sum over ranks in one", fused),
+    Pass("lower",    lambda g, o: lower(g, o.attention, o.backend),  "operators become ATB operations"),
     Pass("segment",  lambda g, o: segment(g, o.layers_per_segment),  "graphs that fit libatb's limits"),
 )
 # fmt: on
@@ -91,7 +106,7 @@ def compile_model(path: str, options: Options, *, until: str = "") -> Compiled:
     if until and until not in PASS_NAMES:
         raise UserError(f"unknown pass {until!r}", hint=f"one of {', '.join(PASS_NAMES)}")
     model = load_model(path)
-    check_options(model, options)
+    options = check_options(model, options)
     try:
         return _run(model, options, until)
     except DiagnosticError as error:
@@ -106,8 +121,9 @@ def _run(model: Model, options: Options, until: str) -> Compiled:
     for step in MODEL_PASSES:
         if done:
             break
-        graph = step.run(graph, options)
-        verify(graph, target.chip)
+        if step.when(step.name, graph, options):
+            graph = step.run(graph, options)
+            verify(graph, target.chip)
         done = step.name == until
     phases: dict[str, Any] = {"model": graph} if done else {}
     lowered: dict[str, AtbGraph] = {}
@@ -145,10 +161,13 @@ def verify(result: Any, chip: str) -> None:
         verify_segments(result, chip)
 
 
-def check_options(model: Model, options: Options) -> None:
-    """Device, dtype, attention and world size against the device table; UserError names what would be accepted."""
+def check_options(model: Model, options: Options) -> Options:
+    """The options with everything decided. UserError names what would be accepted: what no chip can do, and, unless
+    unsupported choices are allowed, what the model's `support:` does not offer."""
     target = device(options.device)
+    offer = model.support.get(options.device, {})
     dtype = options.dtype or model.graph.dtype
+    world_size = min(offer.get("tp", (1,))) if options.world_size is None else options.world_size
     if dtype not in target.dtypes:
         raise UserError(
             f"{target.name} ({target.chip}) has no {dtype}", hint=f"--dtype {' | '.join(target.dtypes)}", code="E401"
@@ -159,12 +178,48 @@ def check_options(model: Model, options: Options) -> None:
             hint=f"--attention {' | '.join(target.attention)}",
             code="E401",
         )
+    if not 1 <= world_size <= DEVICE_COUNT:
+        raise UserError(
+            f"world size {world_size} is not possible: a host has {DEVICE_COUNT} devices",
+            hint=f"--tp {', '.join(map(str, offer.get('tp', range(1, DEVICE_COUNT + 1))))}",
+            code="E401",
+        )
+    backend = options.backend or next(iter(target.backends))
+    if backend not in target.backends:
+        raise UserError(
+            f"{target.name} has no backend {backend!r}", hint=f"--backend {' | '.join(target.backends)}", code="E401"
+        )
     unknown = sorted(set(options.fusions or ()) - set(FUSIONS))
     if unknown:
         raise UserError(f"unknown fusion {', '.join(unknown)}", hint=f"known: {', '.join(FUSIONS)}", code="E401")
     if options.layers_per_segment < 0:
         raise UserError(f"layers-per-segment {options.layers_per_segment}: expected 0 (as many as fit) or more")
-    if options.world_size != 1:
+    decided = replace(options, world_size=world_size, backend=backend if world_size > 1 else "")
+    if not options.allow_unsupported:
+        check_support(model, decided, dtype)
+    return decided
+
+
+def check_support(model: Model, options: Options, dtype: str) -> None:
+    """What `support:` says of this device. The host, and a model without `support:`, take everything."""
+    if options.device == "host" or not model.support:
+        return
+    offer = model.support.get(options.device)
+    way_out = f"--allow-unsupported, or extend `support:` in {model.files[0]}"
+    if offer is None:
         raise UserError(
-            f"world size {options.world_size}: this version compiles for one rank only", hint="--tp 1", code="E401"
+            f"{model.name} is not offered on {options.device}, but on {', '.join(model.support)}",
+            hint=way_out,
+            code="E401",
+        )
+    chosen = (("tp", "world size", options.world_size), ("dtypes", "dtype", dtype),
+              ("attention", "attention", options.attention))  # fmt: skip
+    problems = [
+        f"{what} {value} (offered: {', '.join(map(str, offer[key]))})"
+        for key, what, value in chosen
+        if key in offer and value not in offer[key]
+    ]
+    if problems:
+        raise UserError(
+            f"{model.name} is not offered on {options.device} with {', '.join(problems)}", hint=way_out, code="E401"
         )

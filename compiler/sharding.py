@@ -1,12 +1,12 @@
-"""How a tensor lies over the ranks of a tensor-parallel group: one rule for sizes that divide and for sizes that do not.
+"""How a tensor lies over the ranks of a tensor-parallel group: one rule for sizes that divide and sizes that do not.
 
     deal(13824, 8).local                   # 1728 columns a rank
     q, kv = deal_heads(52, 52, 128, 8)     # LLaMA-33B: 7 heads a rank; the last has 3, and 4 of zeros
     q, kv = deal_heads(28, 4, 128, 8)      # Qwen2-7B: 2 ranks share a kv head; 4 query heads, 3 and one of zeros, ...
 
-Weights, caches, attention parameters, the manifest and the reports read a `Split`; nothing else divides by the world size.
-Every rank has a share of the same shape, so one artifact serves all. Zeros are harmless where they stand: a head of zeros
-attends to zeros, and its columns of the output projection are zeros. Sources: mindie-stack.md 4.1, 4.2.
+Weights, caches, attention parameters, the manifest and the reports read a `Split`; nothing else divides by the world
+size. Every rank has a share of the same shape, so one artifact serves all. Zeros are harmless where they stand: a head
+of zeros attends to zeros, and its columns of the output projection are zeros. Sources: mindie-stack.md 4.1, 4.2.
 """
 
 from __future__ import annotations

@@ -15,7 +15,10 @@ from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.atb.core import GRAPH_LIMITS, AtbError, Desc
 from llmc.compiler.diagnostics import Diagnostic, DiagnosticError
 from llmc.compiler.ir import AtbGraph, AtbNode, Graph, evaluate, show_shape
+from llmc.compiler.ops import OPS, NoRule
+from llmc.compiler.ops.core import Sharding
 from llmc.compiler.passes.segment import Segment
+from llmc.compiler.sharding import PARTIAL, WHOLE
 
 # Two unrelated sets of sizes. Lengths as in data/atb-layers: 37 tokens of 3 sequences, 16 blocks.
 SAMPLES: Sequence[Mapping[str, int]] = (
@@ -51,27 +54,48 @@ def makers_before_readers(graph: Graph) -> Iterator[Diagnostic]:
 
 
 def types_are_complete(graph: Graph) -> Iterator[Diagnostic]:
-    """Once types exist they cover every value, in a known sharding letter."""
+    """Once types exist they cover every value."""
     if not graph.types:
         return
     for node in graph.nodes:
         for value in node.values:
             if value not in graph.types:
                 yield Diagnostic(code="E900", message=f"'{value}' has no type", place=node.place)
-            elif graph.types[value].shard != "R":
-                yield Diagnostic(code="E900", message=f"'{value}' is not whole, at world size 1", place=node.place)
+
+
+def shards_follow_the_rules(graph: Graph) -> Iterator[Diagnostic]:
+    """No P is read as R and nothing is summed twice: each operator's rule, asked again, accepts how its inputs lie and
+    gives the recorded sharding of its outputs and weights. Outputs of the graph are whole."""
+    for node in graph.nodes if graph.types else ():
+        types = [graph.types.get(value) or graph.inputs[value] for value in node.inputs.values()]
+        recorded = [graph.types[value].shard for value in node.values if value in graph.types]
+        if graph.world_size == 1:
+            expected = Sharding(outputs=[WHOLE] * len(node.outputs))
+        else:
+            try:
+                expected = OPS[node.op].shard(node, types, graph.world_size)
+            except NoRule as error:
+                yield Diagnostic(code="E900", message=f"'{node.name}': {error.message}", place=node.place)
+                continue
+        lying = {slot: w.type.shard for slot, w in node.weights.items() if w.type.shard != WHOLE}
+        if recorded != list(expected.outputs) or lying != dict(expected.weights):
+            yield Diagnostic(code="E900", message=f"'{node.name}' does not lie as its rule says", place=node.place)
+    for name, value in graph.outputs.items():
+        if value in graph.types and graph.types[value].shard != WHOLE:
+            yield Diagnostic(code="E900", message=f"output '{name}' is not whole on every rank")
 
 
 GRAPH_CHECKS: Mapping[str, Callable[[Graph], Iterator[Diagnostic]]] = {
     "unique names": unique_names,
     "makers before readers": makers_before_readers,
     "types are complete": types_are_complete,
+    "shards follow the rules": shards_follow_the_rules,
 }
 
 
 def verify_atb(graph: AtbGraph, chip: str) -> None:
     """The rules of libatb for one flat graph, before and after segmentation."""
-    found = [*host_or_device(graph, chip)]
+    found = [*host_or_device(graph, chip), *sums_are_made_once(graph)]
     checked: set = set()
     for node in graph.nodes:
         found.extend(accepted(graph, node, chip, checked))
@@ -150,6 +174,29 @@ def host_or_device(graph: AtbGraph, chip: str) -> Iterator[Diagnostic]:
     for name in host:
         if not graph.tensors[name].host:
             yield Diagnostic(code="E900", message=f"'{name}' is read on the host but not declared so")
+
+
+def sums_are_made_once(graph: AtbGraph) -> Iterator[Diagnostic]:
+    """The letters of the ATB graph: partial sums go to an AllReduce or stay partial sums; a product over a split axis
+    is one; what is summed over the ranks was partial."""
+    for node in graph.nodes:
+        ins, outs = ([graph.tensors[name].shard for name in names] for names in (node.ins, node.outs))
+        made, read = PARTIAL in outs, PARTIAL in ins
+        if node.op == "Linear":
+            expected = ins[1].letter == "S" and ins[1].axis == 1
+            fine = made == expected and ins[0] != PARTIAL
+        elif node.op == "AllReduce":
+            fine = read and not made
+        elif node.op == "LinearParallel":
+            fine = (ins[1].letter, ins[1].axis) == ("S", 1) and not read and not made
+        else:
+            fine = read == made
+        if not fine:
+            letters = f"{', '.join(map(str, ins))} -> {', '.join(map(str, outs))}"
+            yield Diagnostic(
+                code="E900", message=f"'{node.name}' ({node.op}) sums over the ranks wrongly", place=node.place,
+                found=letters,
+            )  # fmt: skip
 
 
 def verify_segments(segments: Sequence[Segment], chip: str) -> None:

@@ -60,7 +60,7 @@ class Executor:
         for operation, names, outputs in self.phases[phase]:
             results = operation.forward([live[name] for name in names])
             live.update(zip(outputs, results, strict=True))
-        return live["logits"]
+        return live["logits"].flatten(1)  # ranks' shares stand side by side: [B, W, vocab / W]
 
 
 def mismatches(manifest: Mapping[str, Any], tensors: Mapping[str, Any]) -> Iterator[str]:

@@ -34,10 +34,10 @@ def quote(text: str) -> str:
     return f'"{text}"'
 
 
-def statement(call: Call, indent: int, comment: str = "", prefix: str = "") -> list[str]:
-    """Lines of `prefix call  # comment`."""
+def statement(call: Call, indent: int, comment: str = "", prefix: str = "", end: str = "") -> list[str]:
+    """Lines of `prefix call end  # comment`."""
     tail = f"  # {comment}" if comment else ""
-    return _lines(call, indent, prefix, "", tail)
+    return _lines(call, indent, prefix, end, tail)
 
 
 def _lines(item: Call | str, indent: int, prefix: str, end: str, tail: str) -> list[str]:

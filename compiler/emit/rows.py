@@ -17,6 +17,14 @@ from llmc.compiler.emit.python import Call, listing, quote, statement
 from llmc.compiler.ir import AtbGraph, AtbNode, Shape, show_shape
 from llmc.compiler.passes.segment import LAYER, Segment
 
+# Parameters that are arguments of `build`: the same code serves every rank and every group of that size.
+BUILD_ARGUMENTS = {
+    "rank": "rank",
+    "rankSize": "world_size",
+    "rankTableFile": "rank_table_file",
+    "commDomain": "comm_domain",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class View:
@@ -40,17 +48,10 @@ class Function:
     """The function that builds one distinct segment."""
 
     name: str
+    arguments: str  # after `atb`
     doc: str
     signature: Sequence[str]  # the set_input_output statement
     sections: Sequence[Section]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Instance:
-    """One segment: which function builds it, under which graph name."""
-
-    function: str
-    name: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class Rows:
 
     views: Sequence[View]
     functions: Sequence[Function]
-    instances: Sequence[Instance]
+    instances: Sequence[str]  # lines: for each segment a call of the function that builds it
 
 
 def python_rows(segments: Sequence[Segment], model: str) -> Rows:
@@ -73,10 +74,24 @@ def python_rows(segments: Sequence[Segment], model: str) -> Rows:
         functions=[_function(names[code], parts, views) for code, parts in shared.items()],
         views=list(views.values()),
         instances=[
-            Instance(function=names[part.code], name=graph_name(model, part.graph.phase, i))
+            line
             for i, part in enumerate(segments)
+            for line in statement(_instance(names[part.code], graph_name(model, part.graph.phase, i), part), 8, end=",")
         ],
     )
+
+
+def _instance(function: str, name: str, part: Segment) -> Call:
+    return Call(name=function, args=["atb", quote(name), *communicator(part)])
+
+
+def communicator(part: Segment) -> Sequence[str]:
+    """Arguments of `build` that the segment's operations take; none where it has no collective."""
+    return list(BUILD_ARGUMENTS.values()) if any(takes_ranks(ATB[node.op]) for node in part.graph.nodes) else []
+
+
+def takes_ranks(op: AtbOp) -> bool:
+    return {f.name for f in op.fields} >= set(BUILD_ARGUMENTS)
 
 
 def graph_name(model: str, phase: str, index: int) -> str:
@@ -97,6 +112,7 @@ def _function(name: str, parts: Sequence[Segment], views: dict[str, View]) -> Fu
         sections[-1][1].extend(_statements(graph, node, views, done))
     return Function(
         name=name,
+        arguments=", ".join(["name", *communicator(parts[0])]),
         doc="; ".join(dict.fromkeys(describe(part) for part in parts)),
         signature=statement(
             Call(name="graph.set_input_output", args=[listing(graph.inputs), listing(graph.outputs)]), 4
@@ -162,6 +178,9 @@ def param_call(op: AtbOp, param: Mapping[str, Any]) -> Call:
 def _arguments(op: AtbOp, fields: Sequence[Field], param: Mapping[str, Any]) -> list[Call | str]:
     args: list[Call | str] = []
     for f in fields:
+        if f.name in BUILD_ARGUMENTS and takes_ranks(op):
+            args.append(f"{f.python_name}={BUILD_ARGUMENTS[f.name]}")
+            continue
         if f.name not in param:
             continue
         keyword = f"{f.python_name}="

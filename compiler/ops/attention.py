@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from llmc.compiler.atb.self_attention import DECODER, ENCODER, NORM_COMPRESS, PA_ENCODER
 from llmc.compiler.ir import Node, TensorType
-from llmc.compiler.ops.core import Attr, NoRule, Op, same_dtype
+from llmc.compiler.ops.core import Attr, NoRule, Op, Sharding, describe, same_dtype
+from llmc.compiler.sharding import WHOLE, deal_heads, split_on
 
 if TYPE_CHECKING:
     from llmc.compiler.passes.lower import Lowering
@@ -33,14 +34,33 @@ def attention_shape(node: Node, types: Sequence[TensorType]) -> list[TensorType]
     return [types[0]]
 
 
-def attention_lower(node: Node, low: Lowering) -> None:
+def attention_shard(node: Node, types: Sequence[TensorType], world_size: int) -> Sharding:
+    """q, k, v R -> R; S in whole heads, each query head with its kv head -> S like q"""
     heads, kv_heads, d = (node.attrs[a] for a in ("heads", "kv_heads", "head_dim"))
+    queries, keys = deal_heads(heads, kv_heads, d, world_size)
+    wanted = [split_on(1, queries), split_on(1, keys), split_on(1, keys)]
+    if all(t.shard == WHOLE for t in types):
+        return Sharding(outputs=[WHOLE])
+    if [t.shard for t in types] != wanted:
+        raise NoRule(
+            "query heads are not on the ranks of their kv heads",
+            found=", ".join(f"{name} {describe(t)}" for name, t in zip("qkv", types, strict=True)),
+            needed=f"whole heads: q S(1) with {queries.local} a rank, k and v S(1) with {keys.local} a rank",
+            likely="make q, k and v in one linear with `parts`, each with its `heads`",
+            code="E303",
+        )
+    return Sharding(outputs=[wanted[0]])
+
+
+def attention_lower(node: Node, low: Lowering) -> None:
+    d = node.attrs["head_dim"]
+    heads, kv_heads = (low.local(node.inputs[slot])[-1] // d for slot in "qk")
     common = {"headNum": heads, "kvHeadNum": kv_heads, "qkScale": node.attrs["scale"] or d**-0.5}
     q, k, v = (low.read(node.inputs[slot]) for slot in "qkv")
     if low.attention == "flash":
         flash_lower(node, low, common, (q, k, v), kv_heads * d)
         return
-    k_cache, v_cache = (low.cache(node, kind, ("N", BLOCK_SIZE, kv_heads, d)) for kind in ("k_cache", "v_cache"))
+    k_cache, v_cache = (low.cache(node, slot, ("N", BLOCK_SIZE, kv_heads, d), axis=2) for slot in "kv")
     k_heads, v_heads = (low.view(t, (low.tokens, kv_heads, d)) for t in (k, v))
     slots = low.input("slots", "int32", (low.tokens,))
     low.emit(node, "ReshapeAndCache", {}, [k_heads, v_heads, k_cache, v_cache, slots],
@@ -58,7 +78,7 @@ def attention_lower(node: Node, low: Lowering) -> None:
 
 def flash_lower(node: Node, low: Lowering, common: dict, qkv: Sequence, width: int) -> None:
     """The operation appends k and v to its caches itself; layer_id 0, because each layer has its own caches."""
-    caches = [low.cache(node, kind, (1, "B", "S", width)) for kind in ("k_cache", "v_cache")]
+    caches = [low.cache(node, slot, (1, "B", "S", width), axis=3) for slot in "kv"]
     offset = low.input("token_offset", "int32", ("B",), host=True)
     lengths = low.input("seq_len", "int32", ("B",), host=True)
     layer = low.input("layer_id", "int32", (1,))
@@ -83,6 +103,7 @@ OPS = (
             Attr(name="scale", kind="number", doc="factor of QK^T; default 1 / sqrt(head_dim)"),
         ),
         shape=attention_shape,
+        shard=attention_shard,
         lower=attention_lower,
         source="ATB SelfAttention, PagedAttention, ReshapeAndCache (atb-operations.md 3.8 to 3.10)",
     ),

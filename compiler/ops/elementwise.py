@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from llmc.compiler.atb.core import ACL_BF16, ACL_FLOAT, ACL_FLOAT16
 from llmc.compiler.atb.elementwise import ADD, CAST, MUL, SWIGLU_FORWARD, SWISH
 from llmc.compiler.ir import Node, TensorType
-from llmc.compiler.ops.core import Attr, NoRule, Op, same_dtype
+from llmc.compiler.ops.core import Attr, NoRule, Op, Sharding, element_shard, same_dtype, same_shard, unlike
+from llmc.compiler.sharding import split_on
 
 if TYPE_CHECKING:
     from llmc.compiler.passes.lower import Lowering
@@ -50,6 +51,16 @@ def swiglu_shape(node: Node, types: Sequence[TensorType]) -> list[TensorType]:
     return [TensorType(dtype=x.dtype, shape=(*x.shape[:-1], width // 2))]
 
 
+def swiglu_shard(node: Node, types: Sequence[TensorType], world_size: int) -> Sharding:
+    """R -> R; S of two equal pieces, gate and up -> S of one"""
+    (x,) = types
+    if x.shard.letter != "S":
+        return element_shard(node, types, world_size)
+    if len(x.shard.splits) != 2 or x.shard.splits[0] != x.shard.splits[1]:
+        raise unlike(types)
+    return Sharding(outputs=[split_on(1, x.shard.splits[0])])
+
+
 def swiglu_lower(node: Node, low: Lowering) -> None:
     low.emit(node, "Activation", {"activationType": SWIGLU_FORWARD}, [low.read(node.inputs["x"])])
 
@@ -70,6 +81,7 @@ OPS = (
         doc="a + b (the residual connection).",
         inputs=("a", "b"),
         shape=binary_shape,
+        shard=same_shard,
         lower=binary_lower(ADD),
         source="ATB Elewise ADD (atb-operations.md 3.13)",
     ),
@@ -78,6 +90,7 @@ OPS = (
         doc="a * b.",
         inputs=("a", "b"),
         shape=binary_shape,
+        shard=element_shard,
         lower=binary_lower(MUL),
         source="ATB Elewise MUL (atb-operations.md 3.13)",
     ),
@@ -86,6 +99,7 @@ OPS = (
         doc="x * sigmoid(x).",
         inputs=("x",),
         shape=same_shape,
+        shard=element_shard,
         lower=silu_lower,
         source="ATB Activation SWISH (atb-operations.md 3.12)",
     ),
@@ -94,6 +108,7 @@ OPS = (
         doc="silu(first half) * second half, rounded once. Made by the swiglu fusion.",
         inputs=("x",),
         shape=swiglu_shape,
+        shard=swiglu_shard,
         lower=swiglu_lower,
         authored=False,
         source="ATB Activation SWIGLU_FORWARD (atb-operations.md 3.12)",
@@ -104,6 +119,7 @@ OPS = (
         inputs=("x",),
         attrs=(Attr(name="to", kind="choice", doc="target dtype", required=True, choices=tuple(CASTS)),),
         shape=cast_shape,
+        shard=element_shard,
         lower=cast_lower,
         authored=False,
         source="ATB Elewise CAST (atb-operations.md 3.13)",

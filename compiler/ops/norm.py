@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmc.compiler.atb.norm import NORM, PRENORM
 from llmc.compiler.ir import Node, TensorType
-from llmc.compiler.ops.core import Attr, NoRule, Op, WeightSlot, same_dtype
+from llmc.compiler.ops.core import Attr, NoRule, Op, WeightSlot, same_dtype, whole_shard
 
 if TYPE_CHECKING:
     from llmc.compiler.passes.lower import Lowering
@@ -51,6 +51,7 @@ OPS = (
         weights=(GAMMA,),
         attrs=(EPS,),
         shape=rms_norm_shape,
+        shard=whole_shard,
         lower=rms_norm_lower,
         source="ATB RmsNorm NORM (atb-operations.md 3.5); arXiv 1910.07467",
     ),
@@ -62,6 +63,7 @@ OPS = (
         attrs=(EPS,),
         outputs=("y", "sum"),
         shape=add_rms_norm_shape,
+        shard=whole_shard,
         lower=add_rms_norm_lower,
         authored=False,
         source="ATB RmsNorm PRENORM (atb-operations.md 3.5)",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llmc.compiler.ir import Node, TensorType
-from llmc.compiler.ops.core import Attr, NoRule, Op, same_dtype
+from llmc.compiler.ops.core import Attr, NoRule, Op, Sharding, describe, same_dtype
 
 if TYPE_CHECKING:
     from llmc.compiler.passes.lower import Lowering
@@ -21,6 +21,17 @@ def rope_shape(node: Node, types: Sequence[TensorType]) -> list[TensorType]:
         if not isinstance(width, int) or width % d:
             raise NoRule(f"the width of '{name}' is not a multiple of head_dim {d}", found=str(t))
     return list(types)
+
+
+def rope_shard(node: Node, types: Sequence[TensorType], world_size: int) -> Sharding:
+    """q and k each R -> R or S -> S, where no rank holds a piece of a head"""
+    d = node.attrs["head_dim"]
+    for name, t in zip(("q", "k"), types, strict=True):
+        if t.shard.letter == "P" or not all(split.keeps_whole(d) for split in t.shard.splits):
+            raise NoRule(f"'{name}' does not have whole heads of {d} on each rank", found=describe(t),
+                         needed="R, or S in whole heads", code="E303",
+                         likely="say `heads` where the weight is")  # fmt: skip
+    return Sharding(outputs=[t.shard for t in types])
 
 
 def rope_lower(node: Node, low: Lowering) -> None:
@@ -43,6 +54,7 @@ OPS = (
         outputs=("q", "k"),
         attrs=(Attr(name="head_dim", kind="size", doc="size of a head; all of it is rotated", required=True),),
         shape=rope_shape,
+        shard=rope_shard,
         lower=rope_lower,
         source="ATB Rope, cosFormat 0 (atb-operations.md 3.7); arXiv 2104.09864",
     ),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from llmc.compiler.atb import OPS as ATB
+from llmc.compiler.atb.core import AtbError
 from llmc.compiler.ir import Graph, Node
+from llmc.compiler.ops.collective import fused_param
 
 
 def fuse_swiglu(graph: Graph) -> Graph:
@@ -62,4 +64,32 @@ def _norm_reads_first(graph: Graph, add: Node, norm: Node) -> bool:
     return graph.consumers[add.value()][0] is norm
 
 
-FUSIONS: Mapping[str, Callable[[Graph], Graph]] = {"swiglu": fuse_swiglu, "add_norm": fuse_add_norm}
+def fuse_linear_all_reduce(graph: Graph, chip: str, backend: str) -> Graph:
+    """linear, all_reduce  ->  linear_all_reduce     (the sum starts while the product is made)
+
+    Without bias, and where the chip's LinearParallel takes this world size; backend "": the chip has no such kernel."""
+    if not backend or not _has_kernel(graph.world_size, chip, backend):
+        return graph
+    drop: set[str] = set()
+    put: dict[str, Node] = {}
+    for reduce in graph.nodes:
+        linear = graph.producer.get(reduce.inputs.get("x", "")) if reduce.op == "all_reduce" else None
+        if not linear or linear.op != "linear" or "bias" in linear.weights:
+            continue
+        if graph.consumers[linear.value()] == (reduce,):
+            drop.add(linear.name)
+            put[reduce.name] = replace(linear, name=reduce.name, op="linear_all_reduce", attrs={"backend": backend})
+    return graph.with_nodes(put.get(node.name, node) for node in graph.nodes if node.name not in drop)
+
+
+def _has_kernel(world_size: int, chip: str, backend: str) -> bool:
+    """libatb's own answer: lcoc wants a power of two."""
+    op = ATB["LinearParallel"]
+    try:
+        op.create(op.param(fused_param({"rank": 0, "rankSize": world_size, "backend": backend})), chip)
+    except AtbError:
+        return False
+    return True
+
+
+FUSIONS = ("swiglu", "add_norm", "linear_all_reduce")

@@ -14,6 +14,7 @@ from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.diagnostics import Report
 from llmc.compiler.ir import AtbGraph, AtbNode, AtbTensor, Graph, Node, Shape
 from llmc.compiler.ops import OPS, NoRule
+from llmc.compiler.sharding import WHOLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,8 @@ class Ref:
 class Lowering:
     """The ATB graph under construction, and the choices that the rules read: phase, attention, tokens symbol."""
 
-    def __init__(self, graph: Graph, attention: str) -> None:
-        self.graph, self.attention, self.phase = graph, attention, graph.phase
+    def __init__(self, graph: Graph, attention: str, backend: str) -> None:
+        self.graph, self.attention, self.phase, self.backend = graph, attention, graph.phase, backend
         self.tokens = "T" if graph.phase == "prefill" else "B"
         self.tensors: dict[str, AtbTensor] = {}
         self.shared: list[AtbNode] = []  # used by all layers, so they come first
@@ -52,11 +53,14 @@ class Lowering:
 
     def weight(self, node: Node, slot: str) -> Ref:
         weight = node.weights[slot]
-        return self._declare(weight.name, AtbTensor(dtype=weight.type.dtype, shape=weight.type.shape, role="weight"))
+        t = weight.type
+        return self._declare(weight.name, AtbTensor(dtype=t.dtype, shape=t.local, role="weight", shard=t.shard))
 
-    def cache(self, node: Node, kind: str, shape: Shape) -> Ref:
-        """A KV cache of this attention node; `kind`: k_cache or v_cache."""
-        return self._declare(f"{node.name}.{kind}", AtbTensor(dtype=self.graph.dtype, shape=shape, role="cache"))
+    def cache(self, node: Node, slot: str, shape: Shape, *, axis: int) -> Ref:
+        """The KV cache of this attention node for its input `slot` (k or v), whose heads lie on `axis`."""
+        shard = replace(self.graph.types[node.inputs[slot]].shard, axis=axis)
+        tensor = AtbTensor(dtype=self.graph.dtype, shape=shape, role="cache", shard=shard)
+        return self._declare(f"{node.name}.{slot}_cache", tensor)
 
     def causal_mask(self) -> Ref:
         """The NORM_COMPRESS mask: one [128, 128] triangle for any length."""
@@ -84,7 +88,15 @@ class Lowering:
         if value in self.graph.inputs:
             t = self.graph.inputs[value]
             return self.input(value, t.dtype, t.shape)
-        return self.view(Ref(name=value), self.graph.types[value].shape)
+        return self.view(Ref(name=value), self.graph.types[value].local)
+
+    def local(self, value: str) -> Shape:
+        """A model value's shape on one rank."""
+        return self.graph.types[value].local
+
+    def communicator(self) -> dict[str, Any]:
+        """Parameters of a collective. Rank and domain are arguments of the generated `build`; these are rank 0's."""
+        return {"rank": 0, "rankSize": self.graph.world_size, "backend": self.backend, "commDomain": "0"}
 
     def view(self, ref: Ref, shape: Shape) -> Ref:
         """The tensor under another shape (same elements)."""
@@ -108,8 +120,14 @@ class Lowering:
             made = [(o.name, self.tensors[o.name].dtype, self.tensors[o.name].shape) for o in outs]
         else:
             types = [self.graph.types[value] for value in node.values]
-            made = [(v, t.dtype, shape or t.shape) for v, t in zip(node.values, types, strict=True)]
+            made = [(v, t.dtype, shape or t.local) for v, t in zip(node.values, types, strict=True)]
         self._append(name, op, param, ins, made, node)
+
+    def step(self, node: Node, op: str, param: Mapping[str, Any], ins: Sequence[Ref], suffix: str, shape: Shape) -> Ref:
+        """Add an operation before the node's last; its output is no value of the model graph."""
+        name = f"{node.name}.{suffix}"
+        self._append(name, op, param, ins, [(name, self.graph.types[node.value()].dtype, shape)], node)
+        return Ref(name=name)
 
     def _append(
         self,
@@ -121,7 +139,8 @@ class Lowering:
         node: Node | None = None,
     ) -> None:
         for out, dtype, shape in outs:
-            self.tensors.setdefault(out, AtbTensor(dtype=dtype, shape=shape))
+            known = self.graph.types.get(out)
+            self.tensors.setdefault(out, AtbTensor(dtype=dtype, shape=shape, shard=known.shard if known else WHOLE))
         (self.nodes if node else self.shared).append(
             AtbNode(
                 name=name,
@@ -151,9 +170,9 @@ def without_defaults(op: str, param: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def lower(graph: Graph, attention: str) -> AtbGraph:
+def lower(graph: Graph, attention: str, backend: str) -> AtbGraph:
     """operators  ->  ATB operations with host tensors, caches written in place, and views"""
-    low = Lowering(graph, attention)
+    low = Lowering(graph, attention, backend)
     report = Report()
     for node in graph.nodes:
         try:

@@ -166,16 +166,19 @@ def test_output_into_a_closed_pipe_is_no_traceback():
     assert "Traceback" not in result.stderr
 
 
-def test_what_the_model_does_not_offer_is_compiled_and_said(tmp_path, capsys):
+def test_what_the_model_does_not_offer_is_refused_with_what_it_offers_unless_allowed(tmp_path, capsys):
     path = tmp_path / "mine.yaml"
     offer = "support: {atlas-800i-a2: {tp: [8], dtypes: [float16], attention: [paged]}}"
     path.write_text(f"extends: llama2-70b\nname: mine\n{offer}\n")
-    args = ["compile", str(path), "-o", str(tmp_path / "out")]
-    assert main([*args, "--dtype", "bfloat16", "--attention", "flash"]) == 0
+    args = ["check", str(path), "--dtype", "bfloat16", "--attention", "flash", "--tp", "4"]
+    assert main(args) == 1
     err = capsys.readouterr().err
-    for words in (
-        "world size 8; this artifact has 1",
-        "dtype float16; this",
-        "attention paged; this artifact has flash",
-    ):
+    for words in ("world size 4 (offered: 8)", "dtype bfloat16 (offered: float16)", "attention flash (offered: paged)"):
         assert words in err
+    assert "--allow-unsupported" in err
+    assert main([*args, "--allow-unsupported"]) == 0
+
+
+def test_the_default_world_size_is_the_smallest_that_the_model_offers(tmp_path, capsys):
+    assert main(["compile", "llama2-70b", "-o", str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["world_size"] == 8

@@ -34,7 +34,7 @@ def test_a_segment_holds_as_many_layers_as_the_vendors_library_accepted():
         for row in rows
         if row["chip"] == "910B" and "float16 paged prefill" in row["case"] and "prenorm" not in row["case"].lower()
     )
-    compiled = compile_model("llama2-70b", Options(fusions=("swiglu",)))
+    compiled = compile_model("llama2-70b", Options(world_size=1, allow_unsupported=True, fusions=("swiglu",)))
     whole = [p for p in compiled.segments["prefill"] if all(label.startswith("layers.") for label in p.layers)]
     assert max(len(p.layers) for p in whole) == accepted
 
@@ -67,7 +67,9 @@ def test_every_weight_cache_and_step_input_is_bound_by_exactly_one_name():
         (Options(dtype="float32"), "float32"),
         (Options(attention="ring"), "attention"),
         (Options(fusions=("everything",)), "unknown fusion"),
-        (Options(world_size=2), "world size"),
+        (Options(world_size=3), "world size 3 .offered: 1, 2, 4, 8"),
+        (Options(world_size=9, allow_unsupported=True), "world size 9 is not possible"),
+        (Options(world_size=2, backend="nccl"), "backend"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
