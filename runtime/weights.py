@@ -1,12 +1,12 @@
 """Weights: from the safetensors files of a checkpoint to the tensors that the graph names.
 
-Enters the manifest's "weights" object and a checkpoint directory; leaves name -> tensor. Headers are read first and
-every problem is told in one table; then each tensor is copied into its place. A file is opened anew for each piece of a
-tensor: safetensors maps files, and mapped pages count as resident until the file is closed. So the peak is the result
-and one piece.
+Enters the manifest's "weights" and "splits" objects and a checkpoint directory; leaves name -> tensor, one rank's
+share of each. Headers are read first and every problem is told in one table; then the rows and columns of the share are
+copied into their place. A file is opened anew for each piece of a tensor: safetensors maps files, and mapped pages
+count as resident until the file is closed. So the peak is the share and one piece.
 
-    weights = load_weights(manifest["weights"], Path("llama-2-13b"), device="cpu")
-    weights["layers.0.attn.qkv.weight"]      # [15360, 5120] from three tensors of the checkpoint
+    weights = load_weights(manifest["weights"], Path("llama-2-13b"), splits=manifest["splits"], rank=1, device="cpu")
+    weights["layers.0.attn.qkv.weight"]      # [1920, 5120] of 8 ranks, from three tensors of the checkpoint
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ LOG = logging.getLogger("llmc.weights")
 CHUNK_BYTES = 64 << 20  # one piece: large reads, small beside any model
 SUGGESTIONS = 20  # nearest names are looked for this often: each costs a pass over all names
 UNFINISHED = ".llmc-convert.json"  # `llmc convert` removes it as its last step
+SPLIT_AXIS = {"S(0)": 0, "S(1)": 1}  # by the manifest's "shard"; R is whole on every rank, P on rank 0
 BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")  # saved by old transformers, not weights
 
 # Names in safetensors headers -> torch
@@ -48,6 +49,9 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
+Run = tuple[int, int]  # start and count on an axis
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stored:
     """One tensor of the checkpoint."""
@@ -62,62 +66,93 @@ def load_weights(
     manifest_weights: Mapping[str, Mapping[str, Any]],
     model_path: Path | str,
     *,
+    splits: Mapping[str, Mapping[str, Any]] | None = None,
     device: torch.device | str = "cpu",
     rank: int = 0,
     progress: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Every weight of the graph. Two that are made of the same pieces (tied embeddings) are one tensor."""
-    if rank != 0:
-        raise UserError(f"rank {rank}: this artifact's weights are whole; load them on rank 0 only")
+    """Every weight of the graph, or this rank's share of it. `splits` is the manifest's; an artifact for one rank has
+    none. Two weights that are made of the same pieces (tied embeddings) are one tensor."""
+    splits = splits or {}
+    check_rank(rank, splits)
     stored = read_headers(Path(model_path))
     check(manifest_weights, stored, Path(model_path))
     made: dict[str, torch.Tensor] = {}
     result: dict[str, torch.Tensor] = {}
     with progress_bar("weights", len(manifest_weights), progress) as advance:
         for name, weight in manifest_weights.items():
-            key = json.dumps({k: v for k, v in weight.items() if k not in ("shard", "split")}, sort_keys=True)
+            # "tp" is how the author asked for the share; "shard" and "splits" say what the share is.
+            key = json.dumps({k: v for k, v in weight.items() if k != "tp"}, sort_keys=True)
             if key not in made:
-                made[key] = _load(weight, stored).to(device)
+                made[key] = _load(weight, stored, splits, rank).to(device)
             result[name] = made[key]
             advance(1)
     return result
 
 
-def _load(weight: Mapping[str, Any], stored: Mapping[str, Stored]) -> torch.Tensor:
-    """The sources one after the other on `axis`, in the graph's dtype."""
+def check_rank(rank: int, splits: Mapping[str, Mapping[str, Any]]) -> None:
+    """All splits of an artifact are over its world size."""
+    ranks = [len(split["ranks"]) for split in splits.values()]
+    if rank < 0 or any(rank >= count for count in ranks):
+        legal = f"has the ranks 0 to {min(ranks) - 1}" if ranks else "has no rank below 0"
+        raise UserError(f"rank {rank}: the artifact {legal}", hint="compile it for the world size that is started")
+
+
+def _load(
+    weight: Mapping[str, Any], stored: Mapping[str, Stored], splits: Mapping[str, Mapping[str, Any]], rank: int
+) -> torch.Tensor:
+    """The rank's shares of the sources one after the other on `axis`, each followed by its padding, in the graph's
+    dtype. Axes are those of the checkpoint."""
     target = torch.empty(weight["shape"], dtype=getattr(torch, weight["dtype"]))
-    view = target.t() if weight["transpose"] else target  # laid out as in the checkpoint
+    if weight["shard"] == "P" and rank:
+        return target.zero_()  # the sum over the ranks counts it once
+    view = target.t() if weight["transpose"] else target
     axis, at = weight["axis"], 0
-    for source in weight["sources"]:
-        wide = _taken(source)[axis]
-        _copy(stored[source["tensor"]], source["rows"], view.narrow(axis, at, wide) if view.dim() else view)
-        at += wide
+    split_axis = SPLIT_AXIS.get(weight["shard"])
+    for i, source in enumerate(weight["sources"]):
+        shape = _taken(source)
+        box = [(0, size) for size in shape]  # what the rank holds of it: start and count on each axis
+        if split_axis is not None:
+            split = splits[weight["splits"][i if split_axis == axis else 0]]
+            shape[split_axis], box[split_axis] = split["local"], split["ranks"][rank]
+        part = view.narrow(axis, at, shape[axis])
+        held = part[tuple(slice(count) for _, count in box)]
+        if held.shape != part.shape:
+            part.zero_()
+        if held.numel():
+            _copy(stored[source["tensor"]], source["rows"], box, held)
+        at += shape[axis]
     return target
 
 
-def _taken(source: Mapping[str, Any]) -> tuple[int, ...]:
-    """Shape of what a source gives."""
+def _taken(source: Mapping[str, Any]) -> list[int]:
+    """Shape of what a source gives to all ranks together."""
     rows, shape = source["rows"], source["shape"]
-    return (rows["groups"] * rows["size"], *shape[1:]) if rows else tuple(shape)
+    return [rows["groups"] * rows["size"], *shape[1:]] if rows else list(shape)
 
 
-def _copy(source: Stored, rows: Mapping[str, int] | None, target: torch.Tensor) -> None:
-    """Checkpoint -> target: the whole tensor, or `size` rows from `offset` in each of `groups` runs of `stride`."""
-    if not source.shape:
-        with opened(source.file) as file:
-            target.copy_(file.get_tensor(source.name))
-        return
-    whole = {"groups": 1, "stride": 0, "offset": 0, "size": source.shape[0]}
-    run = rows or whole
+def _copy(source: Stored, rows: Mapping[str, int] | None, box: Sequence[Run], target: torch.Tensor) -> None:
+    """Checkpoint -> target, which has the box's shape."""
+    # Columns do not count: those of a rank lie on every page of the rows.
     row_bytes = math.prod(source.shape[1:]) * DTYPES[source.dtype].itemsize
-    step = max(1, CHUNK_BYTES // max(1, row_bytes))
-    for group in range(run["groups"]):
-        start, into = group * run["stride"] + run["offset"], group * run["size"]
-        for at in range(0, run["size"], step):
-            count = min(step, run["size"] - at)
-            with opened(source.file) as file:
-                chunk = file.get_slice(source.name)[start + at : start + at + count]
-                target[into + at : into + at + count].copy_(chunk)
+    columns = [slice(start, start + count) for start, count in box[1:]]
+    into = 0
+    for start, count in _pieces(rows or {"stride": 0, "offset": 0, "size": source.shape[0]}, box[0], row_bytes):
+        with opened(source.file) as file:
+            piece = file.get_slice(source.name)[(slice(start, start + count), *columns)]
+            target[into : into + count].copy_(piece)
+        into += count
+
+
+def _pieces(rows: Mapping[str, int], run: Run, row_bytes: int) -> Iterator[Run]:
+    """Where a run of a source's rows lies in the checkpoint: `size` rows from `offset` in each group of `stride`."""
+    most = max(1, CHUNK_BYTES // row_bytes)
+    at, end = run[0], sum(run)
+    while at < end:
+        group, inside = divmod(at, rows["size"])
+        count = min(most, rows["size"] - inside, end - at)
+        yield group * rows["stride"] + rows["offset"] + inside, count
+        at += count
 
 
 # ---- headers

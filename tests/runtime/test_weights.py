@@ -1,4 +1,4 @@
-"""Loading weights: packing against plain slicing, and every way in which a checkpoint can be wrong. Needs torch."""
+"""Loading weights: packing and shares against plain slicing, every way to be wrong, peak memory. Needs torch."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from llmc.compiler.diagnostics import UserError
+from llmc.compiler.sharding import Split, deal, deal_heads
 from llmc.runtime import weights as module
 from llmc.runtime.weights import load_weights, read_headers
 from safetensors.torch import save_file
@@ -21,9 +23,9 @@ def source(tensor: str, *shape: int, rows: tuple[int, int, int, int] | None = No
     return {"tensor": tensor, "shape": list(shape), "rows": dict(zip(names, rows, strict=True)) if rows else None}
 
 
-def weight(*sources: dict, shape: list[int], dtype: str = "float32", axis: int = 0, transpose: bool = False) -> dict:
-    rest = {"dtype": dtype, "axis": axis, "transpose": transpose, "format": "nd", "shard": "R"}
-    return {"sources": list(sources), "shape": shape, **rest}
+def weight(*sources: dict, shape: list[int], shard: str = "R", splits: tuple[str, ...] = (), **rest: Any) -> dict:
+    entry = {"dtype": "float32", "axis": 0, "transpose": False, "format": "nd", "tp": "replicate", **rest}
+    return {"sources": list(sources), "shape": shape, "shard": shard, "splits": list(splits), **entry}
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -40,8 +42,8 @@ def saved(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
     return path
 
 
-def load(manifest: dict, path: Path) -> dict[str, torch.Tensor]:
-    return load_weights(manifest, path, progress=False)
+def load(manifest: dict, path: Path, splits: dict[str, dict] | None = None, rank: int = 0) -> dict[str, torch.Tensor]:
+    return load_weights(manifest, path, splits=splits, rank=rank, progress=False)
 
 
 def test_separate_tensors_are_packed_in_order(tmp_path, tensors):
@@ -102,6 +104,188 @@ def test_sharded_checkpoint_with_an_index_ignores_files_beside_it(tmp_path, tens
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     manifest = {"qk": weight(source("q", 8, 4), source("k", 2, 4), shape=[10, 4])}
     assert torch.equal(load(manifest, tmp_path)["qk"], torch.cat([tensors["q"], tensors["k"]]))
+
+
+# ---- shares of ranks
+
+
+def listed(**splits: Split) -> dict[str, dict]:
+    """As the manifest says them."""
+    return {
+        name: {"size": split.size, "local": split.local, "ranks": [list(run) for run in split.runs]}
+        for name, split in splits.items()
+    }
+
+
+def share(whole: torch.Tensor, split: Split, rank: int, dim: int = 0) -> torch.Tensor:
+    """What the rank should have: its run, then zeros."""
+    start, count = split.runs[rank]
+    padding = list(whole.shape)
+    padding[dim] = split.local - count
+    return torch.cat([whole.narrow(dim, start, count), whole.new_zeros(padding)], dim)
+
+
+# heads, kv heads, ranks
+HEADS = {
+    "each rank the same": (8, 8, 4),
+    "LLaMA-33B: the last rank has fewer": (52, 52, 8),
+    "grouped, fewer kv heads than ranks": (28, 4, 8),
+    "one kv head for all": (8, 1, 4),
+    "ranks with nothing": (3, 3, 8),
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 1 << 20])
+@pytest.mark.parametrize(("heads", "kv_heads", "ranks"), HEADS.values(), ids=HEADS)
+def test_ranks_share_packed_heads_and_the_columns_that_read_them(tmp_path, monkeypatch, heads, kv_heads, ranks, chunk):
+    """Of q and k, packed, the rows of the rank's heads; of the projection behind them the columns."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
+    q, kv = deal_heads(heads, kv_heads, 2, ranks)
+    stored = {"q": random(q.size, 5), "k": random(kv.size, 5), "q_bias": random(q.size), "o": random(6, q.size)}
+    manifest = {
+        "qk": weight(
+            source("q", q.size, 5), source("k", kv.size, 5),
+            shape=[q.local + kv.local, 5], shard="S(0)", splits=("q", "kv"),
+        ),
+        "bias": weight(source("q_bias", q.size), shape=[q.local], shard="S(0)", splits=("q",)),
+        "o": weight(source("o", 6, q.size), shape=[6, q.local], shard="S(1)", splits=("q",)),
+    }  # fmt: skip
+    saved(tmp_path, stored)
+    for rank in range(ranks):
+        loaded = load(manifest, tmp_path, listed(q=q, kv=kv), rank)
+        assert torch.equal(loaded["qk"], torch.cat([share(stored["q"], q, rank), share(stored["k"], kv, rank)]))
+        assert torch.equal(loaded["bias"], share(stored["q_bias"], q, rank))
+        assert torch.equal(loaded["o"], share(stored["o"], q, rank, dim=1))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_interleaved_heads_are_dealt_in_the_order_of_the_heads(tmp_path, monkeypatch, ranks, chunk):
+    """InternLM2's wqkv with 4 kv heads of 2: a group is 3 q heads, one k, one v."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
+    q, kv = deal_heads(12, 4, 2, ranks)
+    wqkv = random(4 * 5 * 2, 3)
+    rows = [(4, 10, 0, 6), (4, 10, 6, 2), (4, 10, 8, 2)]
+    manifest = {
+        "qkv": weight(
+            *(source("wqkv", 40, 3, rows=r) for r in rows),
+            shape=[q.local + 2 * kv.local, 3], shard="S(0)", splits=("q", "kv", "kv"),
+        )
+    }  # fmt: skip
+    groups = wqkv.view(4, 5, 2, 3)
+    parts = [(groups[:, :3], q), (groups[:, 3], kv), (groups[:, 4], kv)]
+    saved(tmp_path, {"wqkv": wqkv})
+    for rank in range(ranks):
+        expected = torch.cat([share(part.reshape(-1, 3), split, rank) for part, split in parts])
+        assert torch.equal(load(manifest, tmp_path, listed(q=q, kv=kv), rank)["qkv"], expected)
+
+
+@pytest.mark.parametrize(("size", "ranks"), [(16, 4), (13, 4), (5, 8), (7, 1)])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_shares_of_all_ranks_are_the_checkpoint(tmp_path, size, ranks, dim):
+    split = deal(size, ranks)
+    shapes = {0: (size, 6), 1: (6, size)}
+    whole = random(*shapes[dim])
+    local = [split.local if axis == dim else n for axis, n in enumerate(whole.shape)]
+    manifest = {"w": weight(source("w", *whole.shape), shape=local, shard=f"S({dim})", splits=("split",))}
+    saved(tmp_path, {"w": whole})
+    shares = [load(manifest, tmp_path, listed(split=split), rank)["w"] for rank in range(ranks)]
+    assert all(s.shape == torch.Size(local) for s in shares)
+    joined = torch.cat(shares, dim)
+    assert torch.equal(joined.narrow(dim, 0, size), whole)
+    assert joined.narrow(dim, size, joined.shape[dim] - size).count_nonzero() == 0
+
+
+def test_columns_of_packed_sources_are_split_alike(tmp_path, tensors):
+    split = deal(4, 3)
+    sources = (source("q", 8, 4), source("k", 2, 4))
+    manifest = {"qk": weight(*sources, shape=[10, 2], shard="S(1)", splits=("columns",))}
+    saved(tmp_path, tensors)
+    for rank in range(3):
+        expected = share(torch.cat([tensors["q"], tensors["k"]]), split, rank, dim=1)
+        assert torch.equal(load(manifest, tmp_path, listed(columns=split), rank)["qk"], expected)
+
+
+@pytest.mark.parametrize("shard", ["S(0)", "S(1)"])
+def test_a_transposed_weight_is_split_on_the_checkpoints_axis(tmp_path, tensors, shard):
+    dim = int(shard[2])
+    split = deal(tensors["q"].shape[dim], 3)
+    shape = list(share(tensors["q"], split, 0, dim).t().shape)
+    manifest = {"q": weight(source("q", 8, 4), shape=shape, shard=shard, splits=("split",), transpose=True)}
+    saved(tmp_path, tensors)
+    for rank in range(3):
+        expected = share(tensors["q"], split, rank, dim).t()
+        assert torch.equal(load(manifest, tmp_path, listed(split=split), rank)["q"], expected)
+
+
+def test_replicated_weights_are_whole_and_partial_ones_are_on_rank_0(tmp_path, tensors):
+    """A bias behind a row-parallel linear is added once in the sum over the ranks."""
+    manifest = {
+        "norm": weight(source("norm", 4), shape=[4]),
+        "bias": weight(source("k", 2, 4), shape=[2, 4], shard="P", tp="row"),
+    }
+    saved(tmp_path, tensors)
+    loaded = [load(manifest, tmp_path, listed(used_elsewhere=deal(8, 2)), rank) for rank in range(2)]
+    assert all(torch.equal(weights["norm"], tensors["norm"]) for weights in loaded)
+    assert torch.equal(loaded[0]["bias"], tensors["k"])
+    assert torch.equal(loaded[1]["bias"], torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wanted", ["float16", "bfloat16"])
+def test_shares_are_cast_once(tmp_path, stored, wanted):
+    split = deal(13, 4)
+    original = random(13, 13, dtype=stored)
+    manifest = {
+        f"dim{dim}": weight(source("w", 13, 13), shape=shape, dtype=wanted, shard=f"S({dim})", splits=("split",))
+        for dim, shape in enumerate(([4, 13], [13, 4]))
+    }
+    saved(tmp_path, {"w": original})
+    for rank in range(4):
+        loaded = load(manifest, tmp_path, listed(split=split), rank)
+        for dim in (0, 1):
+            expected = share(original, split, rank, dim).to(getattr(torch, wanted))
+            assert torch.equal(loaded[f"dim{dim}"], expected)
+
+
+def test_tied_embeddings_share_storage_where_ranks_hold_the_same_of_both(tmp_path, tensors):
+    """The author's words differ, the shares do not; a share of other rows or columns is a tensor of its own."""
+    splits = listed(vocab=deal(10, 2), hidden=deal(4, 2))
+    manifest = {
+        "embed": weight(source("embed", 10, 4), shape=[5, 4], shard="S(0)", splits=("vocab",), tp="vocab"),
+        "head": weight(source("embed", 10, 4), shape=[5, 4], shard="S(0)", splits=("vocab",), tp="column"),
+        "hidden": weight(source("embed", 10, 4), shape=[10, 2], shard="S(1)", splits=("hidden",), tp="hidden"),
+    }
+    loaded = load(manifest, saved(tmp_path, tensors), splits, rank=1)
+    assert loaded["embed"].data_ptr() == loaded["head"].data_ptr()
+    assert torch.equal(loaded["embed"], tensors["embed"][5:])
+    assert torch.equal(loaded["hidden"], tensors["embed"][:, 2:])
+
+
+def test_a_rank_takes_its_share_from_several_files(tmp_path, tensors):
+    save_file({"q": tensors["q"]}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"k": tensors["k"]}, tmp_path / "model-00002-of-00002.safetensors")
+    q, kv = deal_heads(8, 2, 1, 2)
+    sources = (source("q", 8, 4), source("k", 2, 4))
+    manifest = {"qk": weight(*sources, shape=[5, 4], shard="S(0)", splits=("q", "kv"))}
+    expected = torch.cat([tensors["q"][4:], tensors["k"][1:]])
+    assert torch.equal(load(manifest, tmp_path, listed(q=q, kv=kv), rank=1)["qk"], expected)
+
+
+@pytest.mark.parametrize("rank", [-1, 2, 8])
+def test_a_rank_that_the_artifact_has_not_is_refused(tmp_path, tensors, rank):
+    manifest = {"q": weight(source("q", 8, 4), shape=[4, 4], shard="S(0)", splits=("rows",))}
+    with pytest.raises(UserError, match=rf"rank {rank}: the artifact has the ranks 0 to 1"):
+        load(manifest, saved(tmp_path, tensors), listed(rows=deal(8, 2)), rank)
+
+
+def test_every_rank_compares_whole_shapes_also_of_what_it_does_not_read(tmp_path, tensors):
+    manifest = {"bias": weight(source("norm", 5), shape=[5], shard="P")}
+    with pytest.raises(UserError, match=r"norm +shape"):
+        load(manifest, saved(tmp_path, tensors), listed(used_elsewhere=deal(8, 2)), rank=1)
+
+
+# ---- what can be wrong
 
 
 def test_all_problems_come_in_one_table_with_nearest_names(tmp_path, tensors):
@@ -207,24 +391,30 @@ def peak():  # of this program; getrusage also counts the parent's before exec
     return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
 manifest = json.load(open(sys.argv[1] + "/manifest.json"))
 before = peak()
-weights = load_weights(manifest, sys.argv[1], progress=False)
+weights = load_weights(manifest["weights"], sys.argv[1], splits=manifest["splits"], rank=1, progress=False)
 print(peak() - before)
 """
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_peak_memory_is_the_checkpoint_and_a_buffer(tmp_path, dtype):
-    """Budget: 1.1 times the checkpoint and 300 MB."""
-    rows = 20000
-    save_file({f"w{i}": torch.ones(rows, 1000, dtype=torch.float16) for i in range(6)}, tmp_path / "model.safetensors")
-    sources = [source(f"w{i}", rows, 1000) for i in range(6)]
+@pytest.mark.parametrize(
+    ("dtype", "shard"), [("float16", "R"), ("bfloat16", "R"), ("float16", "S(0)"), ("bfloat16", "S(1)")]
+)
+def test_peak_memory_is_the_share_and_a_piece(tmp_path, dtype, shard):
+    """Columns too, though they lie on every page of the tensor."""
+    rows, ranks = 60000, 4
+    save_file({n: torch.ones(rows, 1000, dtype=torch.float16) for n in ("a", "b")}, tmp_path / "model.safetensors")
+    high, wide = {"R": (rows, 1000), "S(0)": (rows // ranks, 1000), "S(1)": (rows, 1000 // ranks)}[shard]
     manifest = {
-        "ab": weight(*sources[:2], shape=[2 * rows, 1000], dtype=dtype),
-        "cd": weight(*sources[2:4], shape=[2 * rows, 1000], dtype=dtype),
-        "e": weight(sources[4], shape=[rows, 1000], dtype=dtype),
-        "f": weight(sources[5], shape=[rows, 1000], dtype=dtype),
+        "ab": weight(
+            *(source(n, rows, 1000) for n in ("a", "b")),
+            shape=[2 * high, wide],
+            dtype=dtype,
+            shard=shard,
+            splits={"R": (), "S(0)": ("rows", "rows"), "S(1)": ("columns",)}[shard],
+        )
     }
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    splits = listed(rows=deal(rows, ranks), columns=deal(1000, ranks))
+    (tmp_path / "manifest.json").write_text(json.dumps({"weights": manifest, "splits": splits}))
     out = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True)
-    checkpoint = 6 * rows * 1000 * 2
-    assert checkpoint * 0.9 < int(out.stdout) < checkpoint * 1.05 + 80e6
+    size = 2 * high * wide * 2
+    assert size * 0.9 < int(out.stdout) < size * 1.05 + 80e6  # a piece is 67e6
