@@ -14,14 +14,14 @@ from typing import Any
 
 from llmc.compiler.atb.collective import DEVICE_COUNT
 from llmc.compiler.build import Model, load_model
-from llmc.compiler.diagnostics import DiagnosticError, UserError
+from llmc.compiler.diagnostics import Diagnostic, DiagnosticError, UserError
 from llmc.compiler.hardware import Device, device
 from llmc.compiler.ir import AtbGraph, Graph
 from llmc.compiler.passes.fuse import FUSIONS, fuse_add_norm, fuse_linear_all_reduce, fuse_swiglu
 from llmc.compiler.passes.lower import lower
 from llmc.compiler.passes.phase import PHASES, split_phase
 from llmc.compiler.passes.segment import Segment, segment
-from llmc.compiler.passes.shard import shard
+from llmc.compiler.passes.shard import possible_sizes, shard
 from llmc.compiler.passes.types import apply_dtypes, infer_types, with_dtype
 from llmc.compiler.verify import verify_atb, verify_graph, verify_segments
 
@@ -54,6 +54,18 @@ def fused(name: str, graph: Graph, options: Options) -> bool:
     return name in chosen
 
 
+def split_over_ranks(graph: Graph, world_size: int) -> Graph:
+    """The pass, and on refusal also the world sizes at which it would not refuse."""
+    try:
+        return shard(graph, world_size)
+    except DiagnosticError as error:
+        sizes = ", ".join(map(str, possible_sizes(graph)))
+        closing = Diagnostic(
+            code="E303", message=f"{graph.name} cannot be split over {world_size} ranks", needed=f"world size {sizes}"
+        )
+        raise DiagnosticError([*error.diagnostics, closing]) from None
+
+
 def fuse_collective(graph: Graph, options: Options) -> Graph:
     target = device(options.device)
     return fuse_linear_all_reduce(graph, target.chip, target.backends.get(options.backend or "", ""))
@@ -74,7 +86,7 @@ MODEL_PASSES = (
     Pass("dtype",    lambda g, o: with_dtype(g, o.dtype or g.dtype), "weights in the dtype asked for"),
     Pass("policy",   lambda g, o: apply_dtypes(g),                   "casts around nodes with another dtype"),
     Pass("types",    lambda g, o: infer_types(g),                    "every edge gets shape and dtype"),
-    Pass("shard",    lambda g, o: shard(g, o.world_size),            "sharding of every edge; collectives", parallel),
+    Pass("shard",    lambda g, o: split_over_ranks(g, o.world_size), "sharding of every edge; collectives", parallel),
 )
 PHASE_PASSES = (  # for prefill, then for decode
     Pass("swiglu",   lambda g, o: fuse_swiglu(g),                    "split, silu, mul in one operation", fused),

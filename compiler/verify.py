@@ -78,6 +78,9 @@ def shards_follow_the_rules(graph: Graph) -> Iterator[Diagnostic]:
                 yield Diagnostic(code="E900", message=f"'{node.name}': {error.message}", place=node.place)
                 continue
         lying = {slot: w.type.shard for slot, w in node.weights.items() if w.type.shard != WHOLE}
+        splits = [split for t in (*types, *(w.type for w in node.weights.values())) for split in t.shard.splits]
+        if any(len(s.runs) != graph.world_size or any(count > s.local for _, count in s.runs) for s in splits):
+            yield Diagnostic(code="E900", message=f"'{node.name}': a rank holds more than its share", place=node.place)
         if recorded != list(expected.outputs) or lying != dict(expected.weights):
             yield Diagnostic(code="E900", message=f"'{node.name}' does not lie as its rule says", place=node.place)
     for name, value in graph.outputs.items():

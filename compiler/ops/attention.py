@@ -104,6 +104,7 @@ OPS = (
         ),
         shape=attention_shape,
         shard=attention_shard,
+        gathers=False,
         lower=attention_lower,
         source="ATB SelfAttention, PagedAttention, ReshapeAndCache (atb-operations.md 3.8 to 3.10)",
     ),

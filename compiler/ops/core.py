@@ -76,6 +76,7 @@ class Op:
     splits: tuple[str, ...] = ("replicate",)  # legal values of `tp:`; the first is the default
     parts: bool = False  # may say `parts:`, several packed outputs
     outputs: tuple[str, ...] = ("",)
+    gathers: bool = True  # inputs that are split may be made whole; False: that would be all the work on every rank
     authored: bool = True  # False: made by passes only, authors cannot write it
     source: str = ""
 

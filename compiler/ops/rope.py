@@ -55,6 +55,7 @@ OPS = (
         attrs=(Attr(name="head_dim", kind="size", doc="size of a head; all of it is rotated", required=True),),
         shape=rope_shape,
         shard=rope_shard,
+        gathers=False,
         lower=rope_lower,
         source="ATB Rope, cosFormat 0 (atb-operations.md 3.7); arXiv 2104.09864",
     ),

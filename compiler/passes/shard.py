@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
-from llmc.compiler.diagnostics import Report
+from llmc.compiler.atb.collective import DEVICE_COUNT
+from llmc.compiler.diagnostics import DiagnosticError, Report
 from llmc.compiler.ir import Graph, Node, TensorType, Weight
 from llmc.compiler.ops import OPS, NoRule
 from llmc.compiler.ops.core import Sharding
@@ -40,7 +42,7 @@ def shard(graph: Graph, world_size: int) -> Graph:
     def place(node: Node) -> tuple[Node, Sharding]:
         """The node with inputs that its rule accepts. The first refusal is the one to tell."""
         first: NoRule | None = None
-        for letters in ("", "P", "PS"):
+        for letters in ("", "P", "PS") if OPS[node.op].gathers else ("", "P"):
             lying = [types[v] if types[v].shard.letter not in letters else replace(types[v], shard=WHOLE)
                      for v in node.inputs.values()]  # fmt: skip
             try:
@@ -71,6 +73,16 @@ def shard(graph: Graph, world_size: int) -> Graph:
             report.add(error.code, f"output '{name}': {error.message}", graph.producer[value].place, **error.details)
     report.raise_if_any()
     return replace(graph, nodes=tuple(nodes), types=types, outputs=outputs, world_size=world_size)
+
+
+def possible_sizes(graph: Graph) -> list[int]:
+    """World sizes of one host over which the graph can be split."""
+    sizes = [1]
+    for world_size in range(2, DEVICE_COUNT + 1):
+        with contextlib.suppress(DiagnosticError):
+            shard(graph, world_size)
+            sizes.append(world_size)
+    return sizes
 
 
 def with_shards(node: Node, sharding: Sharding) -> Node:
