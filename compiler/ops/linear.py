@@ -64,7 +64,7 @@ def _pieces(node: Node, world_size: int) -> list[Split]:
     sources = node.weights["weight"].sources
     said = node.attrs.get("heads")
     heads = said if isinstance(said, tuple) else (said,) * len(sources)
-    kv_heads = min((h for h in heads if h), default=0)
+    kv_heads, most = (extreme((h for h in heads if h), default=0) for extreme in (min, max))
     pieces = []
     for count, source in zip(heads, sources, strict=True):
         size = source.rows_taken
@@ -73,7 +73,8 @@ def _pieces(node: Node, world_size: int) -> list[Split]:
         elif size % count or count % kv_heads:
             raise NoRule(f"{size} features are not {count} whole heads in {kv_heads} groups", code="E303")
         else:
-            queries, keys = deal_heads(count, kv_heads, size // count, world_size)
+            # How many ranks hold a kv head depends on how many query heads share it.
+            queries, keys = deal_heads(most if count == kv_heads else count, kv_heads, size // count, world_size)
             pieces.append(keys if count == kv_heads else queries)
     return pieces
 
