@@ -26,6 +26,7 @@ from llmc.compiler.diagnostics import UserError, portable
 from llmc.compiler.emit.render import render
 from llmc.compiler.emit.rows import graph_name, python_rows
 from llmc.compiler.ir import AtbGraph, AtbTensor, Weight
+from llmc.compiler.listing import operations
 from llmc.compiler.memory import memory_plan
 from llmc.compiler.passes.phase import PHASES
 from llmc.compiler.passes.segment import Segment
@@ -118,6 +119,7 @@ def _phase(compiled: Compiled, phase: str) -> dict[str, Any]:
         "module": f"{phase}.py",
         "inputs": [n for n in low.inputs if low.tensors[n].role == "input"],
         "outputs": {n: _describe(low.tensors[n]) for n in low.outputs},
+        "operations": operations(low),
         "segments": [
             _segment(part, graph_name(compiled.model.name, phase, i)) for i, part in enumerate(compiled.segments[phase])
         ],

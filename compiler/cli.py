@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from llmc.compiler.diagnostics import DiagnosticError, UserError, did_you_mean, to_json
 
@@ -123,6 +123,17 @@ def graph_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--json", action="store_true", help="facts and problems as one JSON object")
 
 
+def diff_flags(p: argparse.ArgumentParser) -> None:
+    text = "a model (YAML file or name) with settings after @, or the directory of an artifact"
+    p.add_argument("a", metavar="A", help=text)
+    p.add_argument("b", metavar="B", help="likewise")
+    p.add_argument("--json", action="store_true", help="the changes as one JSON object")
+    p.epilog = (
+        "Settings are the flags of `llmc compile`: llama2-13b@tp=8, llama2-7b@tp=2,dtype=bfloat16,attention=flash; "
+        "a list is written with +, as in fuse=swiglu+add_norm. The exit code is 0 whether or not there are differences."
+    )
+
+
 def init_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model-path", "--model_path", type=Path, required=True)
     p.add_argument("--name", help="name of the variant (default: the directory's name)")
@@ -213,6 +224,50 @@ def show_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def diff_command(args: argparse.Namespace) -> int:
+    from llmc.compiler import diff
+
+    changes = diff.diff(_manifest(args.a), _manifest(args.b))
+    if args.json:
+        print(json.dumps({"equal": not changes, "a": args.a, "b": args.b, "changes": changes}, indent=1))
+    else:
+        print(diff.show_diff(changes, args.a, args.b))
+    return 0
+
+
+def _manifest(side: str) -> Any:
+    """The manifest of one side of `llmc diff`: of an artifact that lies there, or of a model compiled in memory."""
+    from llmc.compiler import artifact
+    from llmc.compiler.pipeline import compile_model
+
+    if Path(side).is_dir():
+        return artifact.read(Path(side)).manifest
+    args = _side(side)
+    return artifact.make_manifest(compile_model(args.graph, _options(args)))
+
+
+def _side(side: str) -> argparse.Namespace:
+    """`llama2-7b@tp=2,dtype=bfloat16`  ->  what `llama2-7b --tp 2 --dtype bfloat16` would parse to"""
+    graph, at, settings = side.rpartition("@")
+    if not at or Path(side).exists():
+        graph, settings = side, ""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    graph_flags(parser)
+    known = {flag.lstrip("-") for flag in parser._option_string_actions} - {"json"}
+    words = [graph]
+    for setting in settings.split(",") if at else ():
+        key, equals, value = setting.partition("=")
+        if key not in known:
+            raise UserError(f"{side}: unknown setting {key!r}", hint=did_you_mean(key, known))
+        words.append(f"--{key}={value.replace('+', ',')}" if equals else f"--{key}")
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{side}: {message}", hint="settings are written NAME@tp=2,dtype=bfloat16")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_args(words)
+
+
 def init_command(args: argparse.Namespace) -> int:
     from llmc.compiler.checkpoint import read_config, variant_from_config
 
@@ -274,6 +329,7 @@ COMMANDS: dict[str, tuple[Callable, Callable[[argparse.ArgumentParser], None], s
     "compile": (compile_command, compile_flags, "write the artifact of a model: generated code and manifest.json"),
     "check": (check_command, graph_flags, "read, type and lower a model; write nothing"),
     "show": (show_command, graph_flags, "sizes, types, ATB operations and segments of a model"),
+    "diff": (diff_command, diff_flags, "what differs between two models, two world sizes or two artifacts"),
     "init": (init_command, init_flags, "print the YAML of a new variant from a checkpoint's config.json"),
     "ops": (ops_command, ops_flags, "list the operators of the language, or explain one"),
     "schema": (schema_command, lambda p: None, "print the JSON Schema of model files, for editors"),

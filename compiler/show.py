@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from llmc.compiler.artifact import default_name
-from llmc.compiler.ir import AtbGraph, AtbNode, Graph, Node, show_shape
+from llmc.compiler.ir import AtbGraph, AtbNode, Graph, Node, TensorType, show_shape
 from llmc.compiler.memory import memory_plan
 from llmc.compiler.passes.segment import LAYER, Segment
 from llmc.compiler.pipeline import Compiled
@@ -23,15 +23,33 @@ def show_result(result: Graph | AtbGraph | tuple[Segment, ...]) -> str:
 
 def _graph_lines(graph: Graph) -> Iterator[str]:
     for name, t in graph.inputs.items():
-        yield f"{name:<32} input          {t}"
+        yield f"{name:<32} input          {show_type(t)}"
     for node in graph.nodes:
-        yield f"{node.name:<32} {node.op:<14} {_types(graph, node)}  ({', '.join(node.inputs.values())})  {node.place}"
+        yield f"{node.name:<32} {node.op:<14} {_types(graph, node)}  ({_reads(graph, node)})  {node.place}"
     for name, value in graph.outputs.items():
-        yield f"{name:<32} output         {value}"
+        yield f"{name:<32} output         {value}{_letter(graph, value)}"
 
 
 def _types(graph: Graph, node: Node) -> str:
-    return ", ".join(str(graph.types.get(value, "?")) for value in node.values)
+    return ", ".join(show_type(graph.types[value]) if value in graph.types else "?" for value in node.values)
+
+
+def show_type(t: TensorType) -> str:
+    """`float16 [T, 5120] P`, `float16 [T, 13824] S(1), a rank [T, 1728]`"""
+    return f"{t}, a rank {show_shape(t.local)}" if t.local != t.shape else str(t)
+
+
+def _reads(graph: Graph, node: Node) -> str:
+    """The edges into a node: values, then weights; over several ranks each with its sharding."""
+    values = [f"{value}{_letter(graph, value)}" for value in node.inputs.values()]
+    if graph.world_size == 1:
+        return ", ".join(values)
+    weights = [f"{slot} {show_shape(w.type.local)} {w.type.shard}" for slot, w in node.weights.items()]
+    return ", ".join([*values, *weights])
+
+
+def _letter(graph: Graph, value: str) -> str:
+    return f" {graph.types[value].shard}" if graph.world_size > 1 and value in graph.types else ""
 
 
 def _atb_lines(graph: AtbGraph) -> Iterator[str]:
@@ -76,9 +94,15 @@ def summary_line(compiled: Compiled) -> str:
         f"{phase} {facts['operations'][phase]} operations in {_count(len(parts), 'segment')}"
         for phase, parts in facts["segments"].items()
     )
-    size = facts["weight_bytes"]
-    weights = f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
-    return f"{phases}; weights {weights}, cache {facts['cache_bytes_per_token'] / 1024:.1f} KiB per token"
+    cache = f"{facts['cache_bytes_per_token'] / 1024:.1f} KiB per token"
+    return f"{phases}; weights {show_bytes(facts['weight_bytes'])}, cache {cache}"
+
+
+def show_bytes(size: int) -> str:
+    """`24.24 GiB`, `256.57 MiB`, `6.1 KiB`"""
+    if size >= 2**20:
+        return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
+    return f"{size / 2**10:.1f} KiB"
 
 
 def _count(number: int, noun: str) -> str:
@@ -88,9 +112,9 @@ def _count(number: int, noun: str) -> str:
 def show_model(compiled: Compiled) -> str:
     """Sizes, the operators of one layer with their types, the ATB operations of one layer of each phase, segments."""
     graph = compiled.graph
-    lines = [
-        f"{compiled.model.name} on {compiled.options.device}, {compiled.dtype}, {compiled.options.attention} attention"
-    ]
+    o = compiled.options
+    ranks = f"world size {o.world_size}" + (f", {o.backend}" if o.backend else "")
+    lines = [f"{compiled.model.name} on {o.device}, {compiled.dtype}, {o.attention} attention, {ranks}"]
     lines += ["", "sizes", *(f"  {name:<16} {value}" for name, value in graph.sizes.items())]
     lines += ["", "operators"]
     lines += [f"  {line}" for line in _graph_lines(graph) if _shown(line)]
