@@ -22,6 +22,7 @@ from llmc.compiler.diagnostics import Diagnostic, DiagnosticError, Place, UserEr
 from llmc.compiler.expressions import ExpressionError, Number, UnknownName, evaluate
 from llmc.compiler.language import MODEL_NAME, SCALINGS, Language, Rule
 from llmc.compiler.reading import NAME
+from llmc.compiler.sharding import deal_heads
 from llmc.compiler.source import Map, Scalar, catalogue, load
 
 FAMILY = "families/llama"
@@ -208,7 +209,8 @@ def variant_from_config(config: Mapping[str, Any], name: str) -> str:
         lines.append(f"dtype: {dtype}")
     if tied:
         lines += ["config: {tie_word_embeddings: {is: true}}", "graph: {lm_head: {weight: model.embed_tokens.weight}}"]
-    tp = [n for n in TENSOR_PARALLEL if sizes["heads"] % n == 0 and sizes["kv_heads"] % n == 0]
+    heads, kv_heads = sizes["heads"], sizes["kv_heads"]
+    tp = [n for n in TENSOR_PARALLEL if deal_heads(heads, kv_heads, 1, n)[0].local * n == heads]  # no head of zeros
     lines.append(f"support: {{atlas-800i-a2: {{tp: {tp}}}}}")
     return "\n".join(lines) + "\n"
 
