@@ -20,7 +20,9 @@ from llmc.compiler.diagnostics import UserError
 class Executor:
     """The operations of both phases of one artifact, and the tensors that every step reads.
 
-    atb: `torch_atb` or `llmc.runtime.hostatb`. weights, constants, caches: name -> tensor, as in the manifest."""
+    atb: `torch_atb` or `llmc.runtime.hostatb`. weights, constants, caches: name -> tensor, as in the manifest; of a
+    tensor-parallel group they are this rank's. comm_domain: a number that all ranks of the group have and no other group
+    on the host; rank_table_file: of hccl, for a group over several hosts."""
 
     def __init__(
         self,
@@ -30,6 +32,9 @@ class Executor:
         weights: Mapping[str, torch.Tensor],
         constants: Mapping[str, torch.Tensor],
         caches: Mapping[str, torch.Tensor],
+        rank: int = 0,
+        comm_domain: str = "0",
+        rank_table_file: str = "",
     ) -> None:
         self.manifest = artifact.manifest
         self.tensors: dict[str, torch.Tensor] = {**weights, **constants, **caches}
@@ -39,9 +44,10 @@ class Executor:
             raise UserError("\n".join(lines), code="E503")
         if hasattr(atb, "use_chip"):  # hostatb obeys the rules of the chip that the artifact was compiled for
             atb.use_chip(self.manifest["chip"])
+        ranks = (rank, self.manifest["world_size"], comm_domain, rank_table_file)
         self.phases: dict[str, list[tuple[Any, list[str], list[str]]]] = {}
         for phase, entry in self.manifest["phases"].items():
-            operations = load_module(artifact, entry["module"])["build"](atb)
+            operations = load_module(artifact, entry["module"])["build"](atb, *ranks)
             segments = entry["segments"]
             self.phases[phase] = [
                 (operation, part["inputs"], part["outputs"])
