@@ -134,6 +134,11 @@ def diff_flags(p: argparse.ArgumentParser) -> None:
     )
 
 
+def explain_flags(p: argparse.ArgumentParser) -> None:
+    graph_flags(p)
+    p.add_argument("node", help="a node, or a value, weight or cache of it: layers.0.attn.o")
+
+
 def init_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model-path", "--model_path", type=Path, required=True)
     p.add_argument("--name", help="name of the variant (default: the directory's name)")
@@ -250,7 +255,7 @@ def _side(side: str) -> argparse.Namespace:
     """`llama2-7b@tp=2,dtype=bfloat16`  ->  what `llama2-7b --tp 2 --dtype bfloat16` would parse to"""
     graph, at, settings = side.rpartition("@")
     if not at or Path(side).exists():
-        graph, settings = side, ""
+        graph, at = side, ""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     graph_flags(parser)
     known = {flag.lstrip("-") for flag in parser._option_string_actions} - {"json"}
@@ -266,6 +271,15 @@ def _side(side: str) -> argparse.Namespace:
 
     parser.error = refuse  # type: ignore[method-assign]
     return parser.parse_args(words)
+
+
+def explain_command(args: argparse.Namespace) -> int:
+    from llmc.compiler.explain import explain, show_explanation
+    from llmc.compiler.pipeline import compile_model
+
+    facts = explain(compile_model(args.graph, _options(args)), args.node)
+    print(json.dumps(facts, indent=1) if args.json else show_explanation(facts))
+    return 0
 
 
 def init_command(args: argparse.Namespace) -> int:
@@ -301,9 +315,15 @@ def schema_command(args: argparse.Namespace) -> int:
 
 def run_command(args: argparse.Namespace) -> int:
     _keep_backends_out()
-    from llmc.runtime.run import run
+    from llmc.runtime import ranks
 
-    return run(args)
+    def work(team: ranks.Team | None) -> int:
+        from llmc.runtime.run import run
+
+        return run(args, team)
+
+    place = ranks.find_place()
+    return ranks.join(place, work, lambda error: report(error, args.json)) if place else work(None)
 
 
 def demo_command(args: argparse.Namespace) -> int:
@@ -330,6 +350,7 @@ COMMANDS: dict[str, tuple[Callable, Callable[[argparse.ArgumentParser], None], s
     "check": (check_command, graph_flags, "read, type and lower a model; write nothing"),
     "show": (show_command, graph_flags, "sizes, types, ATB operations and segments of a model"),
     "diff": (diff_command, diff_flags, "what differs between two models, two world sizes or two artifacts"),
+    "explain": (explain_command, explain_flags, "type, sharding, neighbours, ATB calls and rules of one node"),
     "init": (init_command, init_flags, "print the YAML of a new variant from a checkpoint's config.json"),
     "ops": (ops_command, ops_flags, "list the operators of the language, or explain one"),
     "schema": (schema_command, lambda p: None, "print the JSON Schema of model files, for editors"),

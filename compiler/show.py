@@ -109,12 +109,17 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def head_line(compiled: Compiled) -> str:
+    """`llama2-13b on atlas-800i-a2, float16, paged attention, world size 8, lccl`"""
+    o = compiled.options
+    ranks = f"world size {o.world_size}" + (f", {o.backend}" if o.backend else "")
+    return f"{compiled.model.name} on {o.device}, {compiled.dtype}, {o.attention} attention, {ranks}"
+
+
 def show_model(compiled: Compiled) -> str:
     """Sizes, the operators of one layer with their types, the ATB operations of one layer of each phase, segments."""
     graph = compiled.graph
-    o = compiled.options
-    ranks = f"world size {o.world_size}" + (f", {o.backend}" if o.backend else "")
-    lines = [f"{compiled.model.name} on {o.device}, {compiled.dtype}, {o.attention} attention, {ranks}"]
+    lines = [head_line(compiled)]
     lines += ["", "sizes", *(f"  {name:<16} {value}" for name, value in graph.sizes.items())]
     lines += ["", "operators"]
     lines += [f"  {line}" for line in _graph_lines(graph) if _shown(line)]

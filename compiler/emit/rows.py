@@ -109,7 +109,7 @@ def _function(name: str, parts: Sequence[Segment], views: dict[str, View]) -> Fu
         title = f"layer {parts[0].layers.index(match[1]) - _outside(parts[0])}" if match else ""
         if not sections or sections[-1][0] != title:
             sections.append((title, []))
-        sections[-1][1].extend(_statements(graph, node, views, done))
+        sections[-1][1].extend(statements(graph, node, views, done))
     return Function(
         name=name,
         arguments=", ".join(["name", *communicator(parts[0])]),
@@ -142,7 +142,7 @@ def describe(part: Segment) -> str:
     return ", ".join(words)
 
 
-def _statements(graph: AtbGraph, node: AtbNode, views: dict[str, View], done: set[str]) -> list[str]:
+def statements(graph: AtbGraph, node: AtbNode, views: dict[str, View], done: set[str]) -> list[str]:
     """reshape statements for views not yet named, then add_operation."""
     lines: list[str] = []
     ins = list(node.ins)
