@@ -72,6 +72,7 @@ class Shard:
 WHOLE, PARTIAL = Shard("R"), Shard("P")
 
 
+@cache
 def split_on(axis: int, *splits: Split) -> Shard:
     return Shard("S", axis, splits)
 

@@ -14,11 +14,11 @@ from math import prod
 from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.atb.core import GRAPH_LIMITS, AtbError, Desc
 from llmc.compiler.diagnostics import Diagnostic, DiagnosticError
-from llmc.compiler.ir import AtbGraph, AtbNode, Graph, evaluate, show_shape
+from llmc.compiler.ir import AtbGraph, AtbNode, Graph, Node, TensorType, evaluate, show_shape
 from llmc.compiler.ops import OPS, NoRule
 from llmc.compiler.ops.core import Sharding
 from llmc.compiler.passes.segment import Segment
-from llmc.compiler.sharding import PARTIAL, WHOLE
+from llmc.compiler.sharding import PARTIAL, WHOLE, Shard
 
 # Two unrelated sets of sizes. Lengths as in data/atb-layers: 37 tokens of 3 sequences, 16 blocks.
 SAMPLES: Sequence[Mapping[str, int]] = (
@@ -66,26 +66,38 @@ def types_are_complete(graph: Graph) -> Iterator[Diagnostic]:
 def shards_follow_the_rules(graph: Graph) -> Iterator[Diagnostic]:
     """No P is read as R and nothing is summed twice: each operator's rule, asked again, accepts how its inputs lie and
     gives the recorded sharding of its outputs and weights. Outputs of the graph are whole."""
+    asked: set = set()
     for node in graph.nodes if graph.types else ():
         types = [graph.types.get(value) or graph.inputs[value] for value in node.inputs.values()]
-        recorded = [graph.types[value].shard for value in node.values if value in graph.types]
-        if graph.world_size == 1:
-            expected = Sharding(outputs=[WHOLE] * len(node.outputs))
-        else:
-            try:
-                expected = OPS[node.op].shard(node, types, graph.world_size)
-            except NoRule as error:
-                yield Diagnostic(code="E900", message=f"'{node.name}': {error.message}", place=node.place)
-                continue
-        lying = {slot: w.type.shard for slot, w in node.weights.items() if w.type.shard != WHOLE}
-        splits = [split for t in (*types, *(w.type for w in node.weights.values())) for split in t.shard.splits]
-        if any(len(s.runs) != graph.world_size or any(count > s.local for _, count in s.runs) for s in splits):
-            yield Diagnostic(code="E900", message=f"'{node.name}': a rank holds more than its share", place=node.place)
-        if recorded != list(expected.outputs) or lying != dict(expected.weights):
-            yield Diagnostic(code="E900", message=f"'{node.name}' does not lie as its rule says", place=node.place)
+        outputs = [graph.types[value].shard for value in node.values if value in graph.types]
+        weights = node.weights.values()
+        # 80 equal layers are one question. Shards are made once (sharding.split_on), so their identity tells them.
+        question = (node.op, id(node.attrs), *(id(t.shard) for t in types), *map(id, outputs),
+                    *((w.split, w.type.shape, id(w.type.shard)) for w in weights))  # fmt: skip
+        if question not in asked:
+            asked.add(question)
+            yield from _follows_rule(graph, node, types, outputs)
     for name, value in graph.outputs.items():
         if value in graph.types and graph.types[value].shard != WHOLE:
             yield Diagnostic(code="E900", message=f"output '{name}' is not whole on every rank")
+
+
+def _follows_rule(
+    graph: Graph, node: Node, types: Sequence[TensorType], outputs: Sequence[Shard]
+) -> Iterator[Diagnostic]:
+    expected = Sharding(outputs=[WHOLE] * len(node.outputs))
+    if graph.world_size > 1:
+        try:
+            expected = OPS[node.op].shard(node, types, graph.world_size)
+        except NoRule as error:
+            yield Diagnostic(code="E900", message=f"'{node.name}': {error.message}", place=node.place)
+            return
+    splits = [split for t in (*types, *(w.type for w in node.weights.values())) for split in t.shard.splits]
+    if any(len(s.runs) != graph.world_size or any(count > s.local for _, count in s.runs) for s in splits):
+        yield Diagnostic(code="E900", message=f"'{node.name}': a rank holds more than its share", place=node.place)
+    lying = {slot: w.type.shard for slot, w in node.weights.items() if w.type.shard != WHOLE}
+    if list(outputs) != list(expected.outputs) or lying != dict(expected.weights):
+        yield Diagnostic(code="E900", message=f"'{node.name}' does not lie as its rule says", place=node.place)
 
 
 GRAPH_CHECKS: Mapping[str, Callable[[Graph], Iterator[Diagnostic]]] = {
