@@ -21,7 +21,7 @@ import torch
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.blocks import BlockManager, CacheRoom, RowManager
 from llmc.runtime.runner import Executes, Runner, is_paged
-from llmc.runtime.sampling import Sampler, SamplingParams
+from llmc.runtime.sampling import Sampler, Samples, SamplingParams
 from llmc.runtime.scheduler import Scheduler
 from llmc.runtime.sequence import Sequence as Request
 from llmc.runtime.tokenizer import TextStream, Tokenizer
@@ -65,7 +65,10 @@ class _Job:
 
 
 class Engine:
-    """Owns the scheduler and the runner of one artifact. `tokenizer` may be None for prompts of token ids."""
+    """Owns the scheduler and the runner of one artifact. `tokenizer` may be None for prompts of token ids.
+
+    Every rank of a group has an engine: from the same prompts and the same tokens they take the same steps. `sampler`
+    gives all ranks the same tokens (`ranks.Team.sampler`)."""
 
     def __init__(
         self,
@@ -78,6 +81,7 @@ class Engine:
         max_prefill_tokens: int = 4096,
         max_length: int | None = None,
         device: torch.device | str = "cpu",
+        sampler: Samples | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.manifest, self.tokenizer, self.clock = manifest, tokenizer, clock
@@ -90,7 +94,7 @@ class Engine:
             room, max_batch = RowManager(rows=shape[1], length=shape[2]), min(max_batch, shape[1])
         self.scheduler = Scheduler(room, max_batch=max_batch, max_prefill_tokens=max_prefill_tokens)
         self.max_length = min(room.capacity, max_length or room.capacity)
-        self.sampler = Sampler()
+        self.sampler = sampler or Sampler()
         self.steps: list[Step] = []
         self._jobs: dict[int, _Job] = {}
 

@@ -21,8 +21,8 @@ class Executor:
     """The operations of both phases of one artifact, and the tensors that every step reads.
 
     atb: `torch_atb` or `llmc.runtime.hostatb`. weights, constants, caches: name -> tensor, as in the manifest; of a
-    tensor-parallel group they are this rank's. comm_domain: a number that all ranks of the group have and no other group
-    on the host; rank_table_file: of hccl, for a group over several hosts."""
+    tensor-parallel group they are this rank's. comm_domain: a number that all ranks of the group have, and no other
+    group on the host; rank_table_file: of hccl, for a group over several hosts."""
 
     def __init__(
         self,

@@ -25,6 +25,14 @@ def positive(text: str) -> int:
     return _integer(text, at_least=1, want="a whole number of at least 1")
 
 
+def ranks(text: str) -> int:
+    """-1, the old scripts' default, means: not given."""
+    count = whole(text)
+    if count == 0:
+        raise argparse.ArgumentTypeError("'0' is not a number of ranks")
+    return count
+
+
 def whole(text: str) -> int:
     return _integer(text, at_least=-1, want="a whole number (-1 means: not given)")
 
@@ -104,7 +112,16 @@ RUN_FLAGS: tuple[Flag, ...] = (
         bare=False,
     ),
     Flag("max_position_embeddings", positive, None, "longest sequence (default and at most: the model's)", PA),
-    Flag("tp", whole, 1, "ranks of tensor parallelism", PA),
+    Flag(
+        "tp",
+        ranks,
+        None,
+        "ranks of tensor parallelism, started here (default: what the model offers on the device; under torchrun: its)",
+        PA,
+        aliases=("world_size",),
+    ),
+    Flag("backend", str, None, "of collectives between NPUs: lccl or hccl (default: what the board has)", OURS),
+    Flag("allow_unsupported", None, False, "compile also what the model's `support:` does not offer", OURS),
     # input
     Flag(
         "input_text",
@@ -162,7 +179,7 @@ RUN_FLAGS: tuple[Flag, ...] = (
     Flag("quantize", str, None, "not offered yet", PA),
     Flag("trust_remote_code", None, False, "refused: no code of a checkpoint is run", PA),
     Flag("is_embedding_model", None, False, "refused: this program generates text", PA),
-    Flag("distributed_enable", None, False, "refused: one host", PA),
+    Flag("distributed_enable", None, False, "refused: torchrun starts ranks on several hosts", PA),
     *(Flag(name, whole, -1, "-1 or 1: not offered", PA) for name in PARALLEL),
     Flag("lora_modules", str, None, "refused: LoRA is not offered", PA),
     Flag("input_dict", str, None, "refused: LoRA is not offered", PA),
@@ -179,8 +196,10 @@ NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "quantize": ((None,), "quantised checkpoints are not offered yet"),
     "trust_remote_code": ((False,), "code of a checkpoint is never run"),
     "is_embedding_model": ((False,), "this program generates text"),
-    "distributed_enable": ((False,), "this program runs on one host"),
-    "tp": ((-1, 1), "tensor parallelism is not offered yet; run with one rank"),
+    "distributed_enable": (
+        (False,),
+        "start the ranks of every host with torchrun: torchrun --nnodes N ... -m llmc.run",
+    ),
     "lora_modules": ((None,), "LoRA is not offered"),
     "input_dict": ((None,), "LoRA is not offered; --input-text or --input-file take the prompts"),
     "max_loras": ((0,), "LoRA is not offered"),
@@ -210,6 +229,20 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             *words, dest=flag.name, type=flag.type, default=flag.default, metavar=metavar, help=about, **more
         )
+
+
+def words_of(args: argparse.Namespace) -> list[str]:
+    """The command line that gives these values: what the ranks are started with."""
+    words = []
+    for flag in RUN_FLAGS:
+        value, name = getattr(args, flag.name), spellings(flag.name)[0]
+        if value == flag.default or value is None:
+            continue
+        if flag.type is None:
+            words.append(name)
+        else:
+            words += [f"{name}={one}" for one in (value if flag.many else [value])]
+    return words
 
 
 def check_run_flags(args: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ import importlib.util
 import logging
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -113,6 +114,44 @@ def check_chip(chip: str) -> None:
     name = torch.npu.get_device_name()  # type: ignore[attr-defined]
     if not name.startswith(CHIP_NAMES[chip]):
         raise UserError(f"this NPU is {name}, and the code is for {chip}", hint="choose another --device")
+
+
+def backend(*, one_host: bool) -> str:
+    """The backend of collectives for this board: lccl where HCCS joins its NPUs, else hccl (mindie-stack.md 4.3)."""
+    if not one_host or os.environ.get("ATB_LLM_HCCL_ENABLE") == "1":
+        return "hccl"
+    return "lccl" if has_hccs() else "hccl"
+
+
+def check_backend(name: str, *, one_host: bool) -> str:
+    """Refuse generated code whose collectives this board cannot run; returns the rank table file, "" for none."""
+    again = "compile with --backend hccl"
+    if name == "lccl":
+        if not one_host:
+            raise UserError("these ranks are on several hosts, and lccl works inside one", hint=again)
+        if has_hccs() is False:
+            raise UserError("lccl needs HCCS between the NPUs, and `npu-smi info -t topo` shows none", hint=again)
+        return ""
+    table = os.environ.get("RANK_TABLE_FILE", "")
+    if table and not os.path.isfile(table):
+        raise UserError(f"RANK_TABLE_FILE={table} is not a file", hint="the rank table of hccl, the same on all hosts")
+    if not table and not one_host:
+        raise UserError(
+            "these ranks are on several hosts, and hccl needs a rank table to find them",
+            hint="RANK_TABLE_FILE=/path/of/ranktable.json",
+        )
+    return table
+
+
+def has_hccs() -> bool | None:
+    """Whether HCCS (or XLink) joins the NPUs of this host, by the matrix of `npu-smi info -t topo`; None: unknown."""
+    try:
+        told = subprocess.run(["npu-smi", "info", "-t", "topo"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    rows = [line for line in told.stdout.splitlines() if re.match(r"\s*NPU\d+\s", line)]  # not the legend below it
+    links = [row for row in rows if not re.match(r"\s*NPU\d+\s+NPU", row)]  # not the matrix's head
+    return any(re.search(r"\b(HCCS|XLINK)", row, re.IGNORECASE) for row in links) if links else None
 
 
 def device() -> torch.device:

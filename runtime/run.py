@@ -2,19 +2,24 @@
 
 Flow: flags -> prompts -> artifact (compiled, or read) -> tokens -> caches sized for them -> weights -> engine -> lines.
 Answers and facts go to stdout, everything else to stderr; with --json one object goes to stdout and nothing else.
+
+With several ranks the first process goes as far as the artifact, so that what all ranks would refuse is said before any
+of them starts; then it starts them (`launch.py`), and each goes the whole way with that artifact. Rank 0 talks.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import contextvars
 import csv
 import json
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,10 +35,11 @@ from llmc.runtime import npu
 from llmc.runtime.blocks import BLOCK_SIZE, blocks_for
 from llmc.runtime.engine import Engine, Output
 from llmc.runtime.executor import Executor
-from llmc.runtime.flags import DEFAULT_QUESTION, attention_of, check_run_flags, dtype_of, sampling_of
+from llmc.runtime.flags import DEFAULT_QUESTION, attention_of, check_run_flags, dtype_of, sampling_of, words_of
 from llmc.runtime.hostatb.numeric import free_memory
+from llmc.runtime.ranks import Team
 from llmc.runtime.runner import is_paged, make_caches, make_constants
-from llmc.runtime.sampling import SamplingParams
+from llmc.runtime.sampling import Sampler, SamplingParams
 from llmc.runtime.tokenizer import Tokenizer, eos_ids, load_tokenizer
 from llmc.runtime.weights import check_directory, load_weights, progress_bar
 
@@ -42,9 +48,32 @@ Message = dict[str, str]  # {"role": "user", "content": text}
 Prompt = str | list[int] | list[Message]
 
 
-def run(args: argparse.Namespace) -> int:
-    """Everything that `llmc run` does; the exit code."""
+def run(args: argparse.Namespace, team: Team | None = None) -> int:
+    """Everything that `llmc run` does, alone or as one rank of a team; the exit code."""
+    with contextlib.ExitStack() as cleanup:
+        with silence(team is not None and not team.says_what_is_asked):
+            asked = prepare(args, team, cleanup)
+        if team is None and asked.artifact.manifest["world_size"] > 1:
+            return start_ranks(args, asked, cleanup)
+        with silence(team is not None and not team.talks):
+            return answer(args, asked, team)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the flags ask for, as far as it can be known without a device."""
+
+    params: SamplingParams
+    tokenizer: Tokenizer | None
+    prompts: list[Prompt]
+    ids: list[list[int]]
+    artifact: artifacts.Artifact
+
+
+def prepare(args: argparse.Namespace, team: Team | None, cleanup: contextlib.ExitStack) -> Asked:
+    """Flags, prompts and the artifact, which lives as long as `cleanup`. UserError for what no rank could do."""
     check_run_flags(args)
+    check_world_size(args, team)
     params = SamplingParams(**sampling_of(args))
     if args.use_refactor is not None:
         note("--use-refactor is ignored: there is one code path")
@@ -53,32 +82,74 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.model_path) if args.load_tokenizer else None
     prompts = replicate(read_prompts(args), args.batch_size)
     ids = [encode(prompt, tokenizer, args) for prompt in prompts]
-    with contextlib.ExitStack() as cleanup:
-        artifact = _artifact(args, config, cleanup)
-        start = time.perf_counter()
-        engine = make_engine(args, artifact, tokenizer, ids, params)
-        engine.warm_up()
-        loading = time.perf_counter() - start
-        callback = (lambda i, text: print(text, end="", flush=True)) if streams(args, ids, tokenizer) else None
+    artifact = _artifact(args, config, cleanup, team)
+    return Asked(params=params, tokenizer=tokenizer, prompts=prompts, ids=ids, artifact=artifact)
+
+
+def answer(args: argparse.Namespace, asked: Asked, team: Team | None) -> int:
+    """Load, generate, print; the exit code. Of several ranks, rank 0 prints."""
+    prompts, ids, params, talks = asked.prompts, asked.ids, asked.params, team is None or team.talks
+    start = time.perf_counter()
+    engine = make_engine(args, asked.artifact, asked.tokenizer, ids, params, team)
+    engine.warm_up()
+    loading = time.perf_counter() - start
+    streamed = streams(args, ids, asked.tokenizer) and talks
+    callback = (lambda i, text: print(text, end="", flush=True)) if streamed else None
+    if callback:
+        print(f"Question[0]: {shown(prompts[0])}\nAnswer[0]: ", end="", flush=True)
+    bar = talks and not (args.quiet or args.json or streamed)
+    try:
+        with progress_bar("tokens", len(ids) * params.max_tokens, bar) as advance:
+            outputs = engine.generate(ids, params, callback, lambda step: advance(step.tokens_out))
+    except KeyboardInterrupt:
         if callback:
-            print(f"Question[0]: {shown(prompts[0])}\nAnswer[0]: ", end="", flush=True)
-        bar = not (args.quiet or args.json or callback)
-        try:
-            with progress_bar("tokens", len(ids) * params.max_tokens, bar) as advance:
-                outputs = engine.generate(ids, params, callback, lambda step: advance(step.tokens_out))
-        except KeyboardInterrupt:
-            if callback:
-                print()  # what was streamed stays a line of its own
-            raise
+            print()  # what was streamed stays a line of its own
+        raise
+    if not talks:
+        return 0
     if args.json:
-        print(json.dumps(report(artifact.manifest, prompts, outputs, engine, loading)))
+        print(json.dumps(report(asked.artifact.manifest, prompts, outputs, engine, loading)))
     else:
-        print_answers(prompts, outputs, engine, streamed=callback is not None)
+        print_answers(prompts, outputs, engine, streamed=streamed)
     return 0
 
 
+def check_world_size(args: argparse.Namespace, team: Team | None) -> None:
+    """torchrun has decided how many ranks there are."""
+    if team and args.tp not in (None, -1, team.place.world_size):
+        raise UserError(
+            f"--tp {args.tp}, but torchrun started {team.place.world_size} rank{'s' * (team.place.world_size > 1)}",
+            hint="leave --tp out, or start as many ranks (--nproc-per-node, --nnodes)",
+        )
+
+
+def start_ranks(args: argparse.Namespace, asked: Asked, cleanup: contextlib.ExitStack) -> int:
+    """The ranks get the artifact, and the prompts as a file: stdin and pipes can be read only once."""
+    from llmc.runtime.launch import launch
+
+    folder = Path(cleanup.enter_context(temporary_directory()))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in asked.prompts))
+    given = {"input_file": str(folder / "prompts.jsonl"), "input_text": None, "input_ids": None}
+    built = {"artifact": str(asked.artifact.path), "graph": None, "tp": asked.artifact.manifest["world_size"]}
+    return launch(words_of(argparse.Namespace(**{**vars(args), **given, **built})), world_size=built["tp"])
+
+
+_silent = contextvars.ContextVar("silent", default=False)
+
+
 def note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    if not _silent.get():
+        print(f"note: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def silence(wanted: bool) -> Iterator[None]:
+    """No notes: another process says them."""
+    token = _silent.set(wanted)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
 
 
 def streams(args: argparse.Namespace, ids: Sequence[Any], tokenizer: Tokenizer | None) -> bool:
@@ -216,41 +287,68 @@ def _template(args: argparse.Namespace) -> str | None:
 # ---- artifact and engine
 
 
-def _artifact(args: argparse.Namespace, config: Mapping[str, Any], cleanup: contextlib.ExitStack) -> artifacts.Artifact:
+def _artifact(
+    args: argparse.Namespace, config: Mapping[str, Any], cleanup: contextlib.ExitStack, team: Team | None
+) -> artifacts.Artifact:
     """The artifact given, or one compiled now for the checkpoint into a directory that ends with the run."""
+    world_size = team.place.world_size if team else None if args.tp == -1 else args.tp
     config_path = str(Path(args.model_path) / "config.json")
     if args.artifact is not None:
-        artifact = _as_asked(args, artifacts.read(Path(args.artifact)))
+        artifact = _as_asked(args, artifacts.read(Path(args.artifact)), world_size)
         check_artifact_config(artifact.manifest, config, config_path)
         return artifact
     graph = choose_variant(config, config_path) if args.graph is None else args.graph
     check_config(load_model(graph), config, config_path)
     stored = config.get("dtype") or config.get("torch_dtype")
     device = args.device or default_device(args.torch_device)
-    options = Options(device=device, dtype=dtype_of(args) or stored, attention=attention_of(args))
+    ask = on_npu(device) and world_size != 1
+    options = Options(
+        device=device,
+        dtype=dtype_of(args) or stored,
+        attention=attention_of(args),
+        world_size=world_size,
+        backend=args.backend or (npu.backend(one_host=team is None or team.place.one_host) if ask else None),
+        allow_unsupported=args.allow_unsupported,
+    )
+    target = Path(cleanup.enter_context(temporary_directory())) / "artifact"
+    artifacts.write(compile_model(graph, options), target)
+    return artifacts.read(target)
+
+
+def temporary_directory() -> tempfile.TemporaryDirectory[str]:
     try:
-        target = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="llmc-"))) / "artifact"
+        return tempfile.TemporaryDirectory(prefix="llmc-")
     except OSError as error:
         raise UserError(
             f"no temporary directory for the generated code: {error.strerror or error}",
             hint="set TMPDIR to a place that can be written, or run what `llmc compile` wrote (--artifact)",
         ) from None
-    artifacts.write(compile_model(graph, options), target)
-    return artifacts.read(target)
 
 
-def _as_asked(args: argparse.Namespace, artifact: artifacts.Artifact) -> artifacts.Artifact:
+def _as_asked(args: argparse.Namespace, artifact: artifacts.Artifact, world_size: int | None) -> artifacts.Artifact:
     """An artifact is what it was compiled to be; flags that ask for something else are a mistake."""
     silent = (args.attention, args.is_flash_causal_lm, args.is_flash_model) == (None, None, None)
-    asked = {"device": args.device, "dtype": dtype_of(args), "attention": None if silent else attention_of(args)}
+    asked = {
+        "device": args.device,
+        "dtype": dtype_of(args),
+        "attention": None if silent else attention_of(args),
+        "world_size": world_size,
+        "backend": args.backend,
+    }
+    words = {"world_size": "world size"}
     problems = [
-        f"it was compiled for {key} {artifact.manifest[key]}, and {value} is asked for"
+        f"it was compiled for {words.get(key, key)} {artifact.manifest[key]}, and {value} is asked for"
         for key, value in asked.items()
-        if value not in (None, artifact.manifest[key])
+        if value not in (None, artifact.manifest[key]) and artifact.manifest[key] != ""  # one rank has no backend
     ]
     if problems:
         raise UserError(f"artifact {artifact.path}: {'; '.join(problems)}", hint="leave the flag out, or compile again")
     return artifact
+
+
+def on_npu(device: str) -> bool:
+    """Whether what is compiled for this device will run on an NPU of this machine."""
+    return device != "host" and npu.available()
 
 
 def default_device(torch_device: str | None) -> str:
@@ -259,26 +357,40 @@ def default_device(torch_device: str | None) -> str:
     return "atlas-800i-a2" if npu.available() and not elsewhere else "host"
 
 
-def backend(manifest: Mapping[str, Any], wanted: str | None) -> tuple[ModuleType, torch.device]:
-    """torch_atb where an NPU is asked for or there, else hostatb under the rules of the artifact's chip."""
+def open_device(
+    manifest: Mapping[str, Any], wanted: str | None, team: Team | None
+) -> tuple[ModuleType, torch.device, dict[str, Any]]:
+    """torch_atb where an NPU is asked for or there, else hostatb under the rules of the artifact's chip; where tensors
+    live; and what the collectives of this rank are built with."""
+    ranks: dict[str, Any] = {"rank": team.place.rank, "comm_domain": team.place.comm_domain} if team else {}
     place = TORCH_DEVICE.fullmatch(wanted or "")
     if wanted is not None and not place:
         raise UserError(f"--torch-device {wanted}: expected cpu, cuda, cuda:N, npu or npu:N")
-    on_npu = place["kind"] == "npu" if place else manifest["device"] != "host" and npu.available()
-    if on_npu and manifest["device"] == "host":
+    npu_wanted = place["kind"] == "npu" if place else on_npu(manifest["device"])
+    if npu_wanted and manifest["device"] == "host":
         raise UserError(f"--torch-device {wanted}: this code is for host", hint="--device atlas-800i-a2")
-    if on_npu:
+    index = int(place["index"]) if place and place["index"] else None
+    if npu_wanted:
         profile = device_profile(manifest["device"]).environment
         atb = npu.load({**profile.get("common", {}), **profile.get(manifest["attention"], {})})
-        npu.set_device(int((place and place["index"]) or 0))
+        if team and team.place.local_world_size > 1 and index is not None:
+            raise UserError(
+                f"--torch-device {wanted}: each of {team.place.local_world_size} ranks needs an NPU of its own",
+                hint="--torch-device npu; ASCEND_RT_VISIBLE_DEVICES chooses which",
+            )
+        npu.set_device((team.place.local_rank if team else 0) if index is None else index)
         npu.check_chip(manifest["chip"])
-        return atb, npu.device()
+        if team and not team.alone:
+            ranks["rank_table_file"] = npu.check_backend(manifest["backend"], one_host=team.place.one_host)
+        return atb, npu.device(), ranks
     from llmc.runtime import hostatb
 
     if manifest["device"] != "host":
         note(f"no NPU here: the code for {manifest['device']} runs on hostatb, which computes what the chip computes")
+    if wanted == "cuda" and team:
+        wanted = f"cuda:{team.place.local_rank % max(1, torch.cuda.device_count())}"
     try:
-        return hostatb, torch.empty(0, device=wanted or "cpu").device
+        return hostatb, torch.empty(0, device=wanted or "cpu").device, ranks
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--torch-device {wanted}: {str(error).splitlines()[0]}") from None
 
@@ -289,8 +401,10 @@ def make_engine(
     tokenizer: Tokenizer | None,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
+    team: Team | None = None,
 ) -> Engine:
-    """Weights and caches in place. The cache holds the whole batch at its longest, unless --num-blocks says less."""
+    """Weights and caches in place, and the ranks together. The cache holds the whole batch at its longest, unless
+    --num-blocks says less."""
     manifest = artifact.manifest
     limit = manifest["sizes"]["max_positions"]
     if args.max_position_embeddings and args.max_position_embeddings > limit:
@@ -303,13 +417,21 @@ def make_engine(
     needed = sorted((blocks_for(min(limit, len(p) + params.max_tokens), BLOCK_SIZE) for p in prompts), reverse=True)
     sizes = {"N": args.num_blocks or sum(needed[:max_batch]), "B": max_batch, "S": longest}
     budget = args.max_prefill_tokens if args.max_prefill_tokens > 0 else max(4096, *map(len, prompts), longest)
-    atb, device = backend(manifest, args.torch_device)
-    note_memory(manifest["memory"]["weight_bytes"], device)
+    atb, device, ranks = open_device(manifest, args.torch_device, team)
+    if team:
+        team.meet()
+    note_memory(manifest["memory"]["weight_bytes"] * (team.place.local_world_size if team else 1), device)
     caches = make_caches(manifest, sizes, device)
-    weights = load_weights(manifest["weights"], args.model_path, device=device, progress=not (args.quiet or args.json))
-    executor = Executor(
-        artifact, atb, weights=weights, constants=make_constants(manifest, limit, device), caches=caches
+    weights = load_weights(
+        manifest["weights"],
+        args.model_path,
+        splits=manifest["splits"],
+        device=device,
+        rank=team.place.rank if team else 0,
+        progress=(team is None or team.talks) and not (args.quiet or args.json),
     )
+    constants = make_constants(manifest, limit, device)
+    executor = Executor(artifact, atb, weights=weights, constants=constants, caches=caches, **ranks)
     if is_paged(manifest):
         limit = min(limit, sizes["N"] * BLOCK_SIZE)
     elif args.num_blocks:
@@ -323,6 +445,7 @@ def make_engine(
         max_prefill_tokens=budget,
         max_length=limit,
         device=device,
+        sampler=team.sampler(Sampler()) if team else None,
     )
 
 
@@ -387,7 +510,7 @@ def report(
     """The --json object."""
     return {
         "ok": True,
-        **{key: manifest[key] for key in ("model", "device", "dtype", "attention")},
+        **{key: manifest[key] for key in ("model", "device", "dtype", "attention", "world_size")},
         "outputs": [
             {
                 "index": o.index,

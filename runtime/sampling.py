@@ -111,6 +111,12 @@ def make_generator(params: SamplingParams) -> torch.Generator | None:
     return generator
 
 
+class Samples(Protocol):
+    """Logits [B, V] -> B token ids."""
+
+    def sample(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> list[int]: ...
+
+
 class Sampler:
     """Chooses one token a row. Greedy rows without penalties are the plain argmax on the logits' device."""
 

@@ -16,6 +16,7 @@ from llmc.runtime.flags import (
     dtype_of,
     sampling_of,
     spellings,
+    words_of,
 )
 
 # Flags of the seed document and of the seed-era scripts, each with a value that its users pass.
@@ -126,7 +127,7 @@ def test_is_bf16_is_a_dtype():
         (["--num_beams", "4"], "--num-beams 4: beam search is not offered"),
         (["--length-penalty", "2"], "--length-penalty 2.0: it belongs to beam search"),
         (["--block_size", "64"], "--block-size 64: the generated code works on cache blocks of 128"),
-        (["--tp", "2"], "--tp 2: tensor parallelism is not offered yet"),
+        (["--distributed-enable"], "torchrun --nnodes N"),
         (["--trust_remote_code"], "code of a checkpoint is never run"),
         (["--is-bf16", "--dtype", "float16"], "--is-bf16 contradicts --dtype float16"),
         (["--attention", "flash", "--is_flash_causal_lm", "True"], "contradiction: --attention asks for flash"),
@@ -143,8 +144,29 @@ def test_what_cannot_be_honoured_is_refused_with_the_reason(words, message):
 
 def test_all_refusals_come_together():
     with pytest.raises(UserError) as error:
-        check_run_flags(parse("--num-beams", "2", "--tp", "8"))
-    assert all(word in str(error.value) for word in ("--num-beams", "--tp", "--model-path is needed"))
+        check_run_flags(parse("--num-beams", "2", "--dp", "8"))
+    assert all(word in str(error.value) for word in ("--num-beams", "--dp", "--model-path is needed"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--input-text", "-x $$5 ${local_rank}", "=", "", "--stop", "a", "b c", "--chat", "--top-k", "-1"],
+        ["--is-flash-model", "--use_refactor", "--do-sample", "False", "--load-tokenizer", "False", "--tp", "2"],
+        ["--temperature", "0.1", "--seed", "9223372036854775807", "--repetition-penalty", "1e-5", "--dtype", "float16"],
+    ],
+)
+def test_ranks_are_started_with_the_flags_that_were_given(words):
+    given = parse(*words)
+    assert parse(*words_of(given)) == given
+
+
+def test_minus_one_rank_is_the_old_word_for_not_given_and_zero_is_a_mistake(capsys):
+    assert (parse("--tp", "-1").tp, parse("--world_size", "4").tp, parse().tp) == (-1, 4, None)
+    with pytest.raises(SystemExit):
+        parse("--tp", "0")
+    assert "'0' is not a number of ranks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--max-output-length", "0"], ["--batch-size", "two"], ["--do_sample", "maybe"]])

@@ -1,0 +1,296 @@
+"""One rank among several: who it is, how it meets the others, and who of them says what went wrong.
+
+Enters torchrun's environment; leaves a `Place`, and a `Team` that `llmc run` works in.
+
+    place = find_place()                            # None: nobody started ranks, this process is alone
+    code = join(place, work, report)                # work(team) -> exit code; report(UserError) prints
+
+The control group (arrival, the tokens of each step) is always gloo on the CPU. What a failure looks like:
+
+    an error on a rank          that rank says it, exits, and torchrun's agent ends the others
+    the same error on all       rank 0 says it; the others wait a second before they speak, and are ended meanwhile
+    a rank is gone              the others hear of it in a collective; they keep quiet, for the cause is told elsewhere
+    a rank never arrives        those that have arrived name it and exit
+    the agent is gone           the system ends its ranks (Linux)
+
+Torch is imported by the functions that need it: before that, this process is tied to the life of its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from llmc.compiler.diagnostics import DiagnosticError, UserError
+
+if TYPE_CHECKING:
+    import torch
+    from llmc.runtime.sampling import Samples, SamplingState
+
+START_LIMIT = "LLMC_START_TIMEOUT"  # seconds without a further rank before those that are missing count as lost
+START_SECONDS = 6.0
+LAUNCHER = "LLMC_LAUNCHER"  # pid of the `llmc run` that started this rank
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
+
+FIRST_WORD_SECONDS = 1.0  # ranks other than 0 wait so long before they tell an error that rank 0 may have, too
+LOST_SECONDS = 4.0  # a rank whose peer is gone waits so long to be ended
+SILENT_SECONDS = 20.0  # a rank that has nothing to say waits so long to be ended
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Who this process is. `local`: among the ranks of its host."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master_addr: str
+    master_port: int
+
+    @property
+    def comm_domain(self) -> str:
+        """Name of the communicator: one per run on a host, legal for every backend (a number up to 65535)."""
+        return str(self.master_port)
+
+    @property
+    def one_host(self) -> bool:
+        return self.local_world_size == self.world_size
+
+
+def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
+    """What torchrun says in the environment; None where it does not start this process."""
+    if any(name not in environment for name in NAMES):
+        return None
+    try:
+        rank, local_rank, world_size, local_world_size = (int(environment[name]) for name in NAMES[:4])
+        port = int(environment["MASTER_PORT"])
+    except ValueError:
+        found = " ".join(f"{name}={environment[name]!r}" for name in NAMES)
+        raise UserError(
+            f"the environment of this rank does not hold numbers: {found}", hint="torchrun sets it"
+        ) from None
+    if not 0 <= rank < world_size:
+        raise UserError(f"RANK={rank} is not a rank of WORLD_SIZE={world_size}", hint="torchrun sets both")
+    return Place(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        master_addr=environment["MASTER_ADDR"],
+        master_port=port,
+    )
+
+
+class Gone(Exception):
+    """Another rank does not answer any more. Whoever ended it, or it itself, has said why."""
+
+
+class Missing(UserError):
+    """Ranks that did not arrive; told by any rank, about others."""
+
+
+def join(place: Place, work: Callable[[Team], int], report: Callable[[UserError], None]) -> int:
+    """`work` as one rank; its exit code. When it fails, one rank of the team tells it and this process ends."""
+    live_with_parent()
+    if place.rank:
+        logging.disable(logging.ERROR)
+        warnings.simplefilter("ignore")
+    team = Team(place)
+    try:
+        team.connect()
+        code = work(team)
+        team.leave()
+        return code
+    except KeyboardInterrupt:
+        if place.rank:
+            end(130)
+        raise
+    except BrokenPipeError:  # `torchrun ... | head`: nobody reads on, and that is no error
+        team.dismiss()
+        raise
+    except Exception as error:
+        team.fail(error, report)
+
+
+def live_with_parent() -> None:
+    """End this process when its parent, the agent that started it, ends in whatever way (Linux)."""
+    if not sys.platform.startswith("linux") or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(os.environ.get(LAUNCHER, os.getppid())):  # it was gone before the call
+        end(1)
+
+
+def end(code: int) -> NoReturn:
+    """Leave at once: with a peer gone, tearing down groups and devices in order can wait for it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):  # closed: nobody reads it
+            continue
+    os._exit(code)
+
+
+class Team:
+    """This rank and the way to the others: torchrun's store, then a gloo group."""
+
+    def __init__(self, place: Place) -> None:
+        self.place, self.alone, self.talks = place, place.world_size == 1, place.rank == 0
+        # `llmc run` has read the flags and told about them before it started ranks
+        self.says_what_is_asked = self.talks and LAUNCHER not in os.environ
+        self.store: Any = None
+
+    def connect(self) -> None:
+        """Reach the store that the agent (or rank 0) keeps at MASTER_ADDR:MASTER_PORT."""
+        if self.alone:
+            return
+        import torch.distributed as dist
+
+        where = f"{self.place.master_addr}:{self.place.master_port}"
+        if self.place.one_host and sys.platform.startswith("linux"):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # also where the host's own name has no address
+        try:
+            self.store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=start_limit())))
+        except (RuntimeError, ValueError) as error:
+            raise Missing(f"the store of the ranks at {where} does not answer: {str(error).splitlines()[0]}") from None
+
+    def meet(self) -> None:
+        """All ranks have their device: wait for those that do not yet, then form the group."""
+        if self.alone:
+            return
+        import torch.distributed as dist
+
+        limit = start_limit()
+        self.store.set(f"llmc/arrived/{self.place.rank}", socket.gethostname())
+        missing, since = list(range(self.place.world_size)), time.monotonic()
+        while left := [rank for rank in missing if not self.store.check([f"llmc/arrived/{rank}"])]:
+            if left != missing:
+                missing, since = left, time.monotonic()
+            if time.monotonic() - since > limit:
+                who = f"rank{'s' * (len(left) > 1)} {', '.join(map(str, left))}"
+                raise Missing(
+                    f"{who} of {self.place.world_size} did not start: nothing heard for {limit:g} s after the others",
+                    hint=f"a hanging device or a slow disk; {START_LIMIT}=60 (seconds) waits longer",
+                )
+            time.sleep(0.02)
+        rank, world_size = self.place.rank, self.place.world_size
+        start = timedelta(seconds=limit)
+        dist.init_process_group("gloo", store=self.store, rank=rank, world_size=world_size, timeout=start)
+        # From now on ranks may wait for each other as long as torch usually lets them: one reads a slower disk.
+        dist.distributed_c10d._set_pg_timeout(dist.default_pg_timeout, dist.group.WORLD)
+
+    def sampler(self, sampler: Samples) -> Samples:
+        """Rank 0's choice, on every rank."""
+        return sampler if self.alone else SharedSampler(sampler, self.place.rank)
+
+    def leave(self) -> None:
+        """The answers are out; nobody needs the group any more."""
+        import torch.distributed as dist
+
+        if not self.alone and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def dismiss(self) -> None:
+        """Tell the others that rank 0 leaves early, and on purpose."""
+        if self.store is not None:
+            self.store.set("llmc/over", "")
+
+    def fail(self, error: Exception, report: Callable[[UserError], None]) -> NoReturn:
+        """Tell the error once among all ranks, and end with code 1. A rank that comes second waits to be ended."""
+        lost = is_gone(error)
+        if lost:
+            time.sleep(LOST_SECONDS)
+            if self._over():
+                end(0)
+        elif self.place.rank:
+            time.sleep(FIRST_WORD_SECONDS)
+        if not self._first_to_speak():
+            time.sleep(SILENT_SECONDS)
+            end(1)
+        report(self._told(error, lost))
+        end(1)
+
+    def _told(self, error: Exception, lost: bool) -> UserError:
+        if lost:
+            why = next((line for line in str(error).splitlines() if line), type(error).__name__)
+            return UserError(f"rank {self.place.rank}: another rank does not answer any more ({why})")
+        if self.alone or isinstance(error, (Missing, DiagnosticError)):
+            return error if isinstance(error, UserError) else UserError(message_of(error))
+        who = f"rank {self.place.rank}: "
+        if isinstance(error, UserError):
+            return UserError(who + error.message, hint=error.hint, code=error.code)
+        if not (isinstance(error, OSError) and error.filename):
+            traceback.print_exception(error)  # nothing that a user can mend: whoever reads it wants the place
+        return UserError(who + message_of(error))
+
+    def _first_to_speak(self) -> bool:
+        try:
+            return self.store is None or self.store.add("llmc/spoken", 1) == 1
+        except RuntimeError:  # the store is gone, and with it the host that would have spoken
+            return True
+
+    def _over(self) -> bool:
+        try:
+            return self.store is not None and self.store.check(["llmc/over"])
+        except RuntimeError:
+            return False
+
+
+class SharedSampler:
+    """Samples on rank 0 and gives every rank its tokens: logits of two ranks may differ in the last bit (the order of
+    lccl's sums is not fixed), and tokens must not."""
+
+    def __init__(self, sampler: Samples, rank: int) -> None:
+        self.inner, self.rank = sampler, rank
+
+    def sample(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> list[int]:
+        import torch
+        import torch.distributed as dist
+
+        chosen = self.inner.sample(logits, states) if self.rank == 0 else [0] * len(states)
+        tokens = torch.tensor(chosen, dtype=torch.int64)
+        try:
+            dist.broadcast(tokens, src=0)
+        except RuntimeError as error:
+            raise Gone(str(error)) from None
+        return tokens.tolist()
+
+
+def is_gone(error: BaseException | None) -> bool:
+    """Whether this is the news that a rank is gone: from the sampler's broadcast, or a collective of the graph."""
+    while error is not None:
+        if isinstance(error, Gone) or getattr(error, "code", "") == "ERROR_HCCL_FAIL":
+            return True
+        error = error.__cause__
+    return False
+
+
+def message_of(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return f"{type(error).__name__}: {error}"
+
+
+def start_limit() -> float:
+    """Seconds that ranks wait for a further one to arrive."""
+    text = os.environ.get(START_LIMIT, "")
+    try:
+        seconds = float(text or START_SECONDS)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise UserError(f"{START_LIMIT}={text!r} must be seconds above 0")
+    return seconds
