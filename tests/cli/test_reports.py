@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -462,3 +463,31 @@ def test_show_is_calm_with_one_rank(capsys):
     assert "float16 [T, 5120] R  (layers.0.attn.core)" in out
     for words in ("a rank", "S(", "lccl", " P ", "reduce"):
         assert words not in out
+
+
+# ---- docs
+
+
+@pytest.mark.parametrize(
+    ("block", "command"),
+    [
+        (0, "show llama2-13b --tp 8"),
+        (1, "diff llama2-13b@tp=1 llama2-13b@tp=8"),
+        (2, "explain llama-33b layers.0.attn.o --tp 8"),
+    ],
+)
+def test_the_page_shows_what_the_commands_print(block, command, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "reports.md").read_text(encoding="utf-8")
+    assert command in page
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    shown = [text for language, text in blocks if not language][block].splitlines()
+    assert main(command.split()) == 0
+    printed = capsys.readouterr().out.splitlines()
+    left_out = {"...", ""}
+    missing = [line for line in shown if line not in left_out and not _begins(printed, line.removesuffix("..."))]
+    assert shown
+    assert not missing, "docs/reports.md shows what is not printed"
+
+
+def _begins(lines, start):
+    return any(line.startswith(start) for line in lines)
