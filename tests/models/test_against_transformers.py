@@ -4,27 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from llmc.compiler.build import load_model
+from equal_ranks import shrunk
 from llmc.compiler.source import catalogue
-from tiny import CONFIGS, load, save_checkpoint, save_model, variant
+from tiny import CONFIGS, LENGTHS, load, reference, save_checkpoint, save_model, sequences, variant
 
-LENGTHS = [5, 13, 19, 1]  # prompt lengths of one batch
-STEPS = [6, 9, 3, 9]  # tokens fed one by one afterwards
 ATTENTION = ("paged", "flash")
-
-
-def sequences(vocab: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(7)
-    return [
-        torch.randint(0, vocab, (n + m,), generator=generator).tolist() for n, m in zip(LENGTHS, STEPS, strict=True)
-    ]
-
-
-@torch.no_grad()
-def reference(model, tokens, dtype=torch.float32) -> list[torch.Tensor]:
-    """Logits of transformers at the same positions, each sequence alone."""
-    model = model.to(dtype)
-    return [model(torch.tensor([t])).logits[0, n - 1 :].float() for t, n in zip(tokens, LENGTHS, strict=True)]
 
 
 @pytest.mark.parametrize("fusions", [(), ("swiglu", "add_norm")], ids=["plain", "fused"])
@@ -75,28 +59,10 @@ def test_a_context_beyond_one_cache_block_and_the_compressed_mask_equals_transfo
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("name", catalogue())
 def test_every_catalogue_model_shrunk_to_test_size_equals_transformers(name, attention, tmp_path):
-    described = load_model(name)
-    graph = described.graph
-    heads, kv_heads = graph.sizes["heads"], graph.sizes["kv_heads"]
-    groups = min(4, kv_heads)
-    sizes = {"layers": 2, "kv_heads": groups, "heads": groups * (heads // kv_heads), "ffn": 160, "vocab": 96}
-    sizes |= {"hidden": 16 * sizes["heads"], "max_positions": 256}
-    said = {key: described.config[key].value for key in ("attention_bias", "mlp_bias", "tie_word_embeddings")}
-    model = save_model(
-        tmp_path,
-        {
-            "hidden_size": sizes["hidden"],
-            "intermediate_size": sizes["ffn"],
-            "num_attention_heads": sizes["heads"],
-            "num_key_value_heads": groups,
-            "rms_norm_eps": graph.sizes["eps"],
-            "rope_parameters": {"rope_type": "default", "rope_theta": graph.rope["theta"]},
-            **said,
-        },
-    )
-    text = f"extends: {name}\nname: shrunk\nsizes: {sizes}\n".replace("'", "")
-    tokens = sequences(96)
-    ours = load(tmp_path, tmp_path, text, attention=attention, dtype="float32").logits(tokens, LENGTHS)
+    case = shrunk(name)
+    model = save_model(tmp_path, case.config)
+    tokens = sequences(model.config.vocab_size)
+    ours = load(tmp_path, tmp_path, case.text, attention=attention, dtype="float32").logits(tokens, LENGTHS)
     for a, b in zip(ours, reference(model, tokens), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5 * b.abs().max().item())
 

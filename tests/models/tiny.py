@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from llmc.compiler import artifact
@@ -14,13 +15,16 @@ from llmc.compiler.pipeline import Options, compile_model
 from llmc.runtime import hostatb
 from llmc.runtime.blocks import BlockManager, RowManager
 from llmc.runtime.executor import Executor
+from llmc.runtime.hostatb.collective import run_ranks
 from llmc.runtime.runner import Runner, make_caches, make_constants
 from llmc.runtime.sampling import SamplingParams
 from llmc.runtime.scheduler import Scheduler
 from llmc.runtime.sequence import Sequence as Request
 from llmc.runtime.weights import load_weights
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -65,12 +69,33 @@ blocks:
 """
 
 
+LENGTHS = [5, 13, 19, 1]  # prompt lengths of one batch
+STEPS = [6, 9, 3, 9]  # tokens fed one by one afterwards
+
+
+def sequences(vocab: int) -> list[list[int]]:
+    """A batch of unequal lengths: prompts of LENGTHS tokens, each with its STEPS further ones."""
+    generator = torch.Generator().manual_seed(7)
+    return [
+        torch.randint(0, vocab, (n + m,), generator=generator).tolist() for n, m in zip(LENGTHS, STEPS, strict=True)
+    ]
+
+
+@torch.no_grad()
+def reference(model: LlamaForCausalLM, tokens: list[list[int]], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Logits of transformers at the positions that `Ours.logits` gives, each sequence alone."""
+    model = model.to(dtype)
+    return [model(torch.tensor([t])).logits[0, n - 1 :].float() for t, n in zip(tokens, LENGTHS, strict=True)]
+
+
 def save_checkpoint(folder: Path, name: str, seed: int = 0) -> LlamaForCausalLM:
     """A float32 model of two layers with weights large enough that every part shows in the logits."""
     return save_model(folder, CONFIGS[name], seed)
 
 
 def save_model(folder: Path, differences: Mapping[str, Any], seed: int = 0) -> LlamaForCausalLM:
+    from transformers import LlamaConfig, LlamaForCausalLM  # seconds, which ranks that only read need not wait
+
     base = {
         "vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
@@ -129,21 +154,44 @@ def variant(checkpoint: Path) -> str:
 
 def load(checkpoint: Path, work: Path, text: str = "", positions: int = 256, **options) -> Ours:
     """Compile the checkpoint's variant (or the YAML `text`) for the host and bind its weights."""
+    return bind(build(work, text or variant(checkpoint), **options), checkpoint, positions=positions)
+
+
+def load_ranks(checkpoint: Path, work: Path, text: str, *, world_size: int, **options) -> list[Ours]:
+    """As `load`, for each rank of a tensor-parallel group: one artifact, and each rank's share of the weights."""
+    found = build(work, text, world_size=world_size, **options)
+    return [bind(found, checkpoint, rank=rank) for rank in range(world_size)]
+
+
+def logits_of_ranks(ranks: Sequence[Ours], tokens: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[Tensor]:
+    """What rank 0 gives, after a look that every rank gives the same bits. The ranks are threads of this process."""
+    first, *others = run_ranks([partial(ours.logits, tokens, lengths) for ours in ranks])
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    return first
+
+
+def build(work: Path, text: str, **options) -> artifact.Artifact:
+    """The artifact of a YAML text for the host, in a folder named after the options."""
     graph = work / "variant.yaml"
-    graph.write_text(text or variant(checkpoint))
-    compiled = compile_model(str(graph), Options(device="host", **options))
+    graph.write_text(text)
     path = work / "-".join(map(str, options.values()))
-    artifact.write(compiled, path)
-    found = artifact.read(path)
+    artifact.write(compile_model(str(graph), Options(device="host", **options)), path)
+    return artifact.read(path)
+
+
+def bind(found: artifact.Artifact, checkpoint: Path, *, rank: int = 0, positions: int = 256) -> Ours:
+    """One rank of an artifact with its weights, caches for up to eight sequences, and what feeds it."""
     manifest = found.manifest
     paged = manifest["attention"] == "paged"
     caches = make_caches(manifest, {"N": 32} if paged else {"B": 8, "S": positions})
     executor = Executor(
         found,
         hostatb,
-        weights=load_weights(manifest["weights"], checkpoint, progress=False),
+        weights=load_weights(manifest["weights"], checkpoint, splits=manifest["splits"], rank=rank, progress=False),
         constants=make_constants(manifest, positions),
         caches=caches,
+        rank=rank,
     )
     room = BlockManager(num_blocks=32) if paged else RowManager(rows=8, length=positions)
     return Ours(Runner(manifest, executor, caches), Scheduler(room, max_batch=8, max_prefill_tokens=4096))
