@@ -99,10 +99,10 @@ def summary_line(compiled: Compiled) -> str:
 
 
 def show_bytes(size: int) -> str:
-    """`24.24 GiB`, `256.57 MiB`, `6.1 KiB`"""
+    """`24.24 GiB`, `256.57 MiB`, `6.1 KiB`, `128 B`"""
     if size >= 2**20:
         return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
-    return f"{size / 2**10:.1f} KiB"
+    return f"{size / 2**10:.1f} KiB" if size >= 2**10 else f"{size} B"
 
 
 def _count(number: int, noun: str) -> str:
