@@ -82,6 +82,7 @@ class Agent(LocalElasticAgent):
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = GRACE_SECONDS) -> None:
         # Not the signal that this process got: a rank in a collective would only note an interrupt.
+        end_sessions([int(worker.id) for worker in self.get_worker_group().workers if worker.id])
         super()._shutdown(signal.SIGTERM, min(timeout, GRACE_SECONDS))
 
 
@@ -97,10 +98,11 @@ def exit_code(pid: int) -> int:
 
 
 def end_sessions(pids: Sequence[int]) -> None:
-    """SIGTERM, and after a moment SIGKILL, to the session of each child."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    """SIGTERM, and after a moment SIGKILL, to the session of each child. One that is stopped must go on to end."""
+    for numbers in ((signal.SIGTERM, signal.SIGCONT), (signal.SIGKILL,)):
         for pid in pids:
-            signal_group(pid, number)
+            for number in numbers:
+                signal_group(pid, number)
         until = time.monotonic() + GRACE_SECONDS
         while any(map(running, pids)) and time.monotonic() < until:
             time.sleep(0.01)
@@ -147,15 +149,12 @@ def killed(rank: int, number: int) -> UserError:
 @contextmanager
 def quiet_agent() -> Iterator[None]:
     """The agent tells on its log what `outcome` tells in a sentence."""
-    log = logging.getLogger("torch.distributed")
-    silent, before = logging.NullHandler(), log.propagate
-    log.addHandler(silent)
-    log.propagate = False
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
-        log.removeHandler(silent)
-        log.propagate = before
+        logging.disable(before)
 
 
 @contextmanager

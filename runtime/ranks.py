@@ -22,7 +22,6 @@ import ctypes
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -30,6 +29,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmc.compiler.diagnostics import DiagnosticError, UserError
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     import torch
     from llmc.runtime.sampling import Samples, SamplingState
 
-START_LIMIT = "LLMC_START_TIMEOUT"  # seconds without a further rank before those that are missing count as lost
-START_SECONDS = 6.0
+START_LIMIT = "LLMC_START_TIMEOUT"  # seconds without a sign of any rank before those that are missing count as lost
+START_SECONDS = {True: 4.0, False: 30.0}  # on one host, on several: ranks of one host read the same files from memory
 LAUNCHER = "LLMC_LAUNCHER"  # pid of the `llmc run` that started this rank
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
@@ -151,6 +151,7 @@ class Team:
         self.place, self.alone, self.talks = place, place.world_size == 1, place.rank == 0
         # `llmc run` has read the flags and told about them before it started ranks
         self.says_what_is_asked = self.talks and LAUNCHER not in os.environ
+        self.limit = start_limit(place)
         self.store: Any = None
 
     def connect(self) -> None:
@@ -163,7 +164,8 @@ class Team:
         if self.place.one_host and sys.platform.startswith("linux"):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # also where the host's own name has no address
         try:
-            self.store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=start_limit())))
+            self.store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=self.limit)))
+            self.store.set(f"llmc/connected/{self.place.rank}", "")
         except (RuntimeError, ValueError) as error:
             raise Missing(f"the store of the ranks at {where} does not answer: {str(error).splitlines()[0]}") from None
 
@@ -173,24 +175,30 @@ class Team:
             return
         import torch.distributed as dist
 
-        limit = start_limit()
-        self.store.set(f"llmc/arrived/{self.place.rank}", socket.gethostname())
-        missing, since = list(range(self.place.world_size)), time.monotonic()
-        while left := [rank for rank in missing if not self.store.check([f"llmc/arrived/{rank}"])]:
-            if left != missing:
-                missing, since = left, time.monotonic()
-            if time.monotonic() - since > limit:
-                who = f"rank{'s' * (len(left) > 1)} {', '.join(map(str, left))}"
+        self.store.set(f"llmc/arrived/{self.place.rank}", "")
+        signs, since = 0, time.monotonic()
+        while missing := self._without("arrived"):
+            news = 2 * self.place.world_size - len(missing) - len(self._without("connected"))
+            if news > signs:
+                signs, since = news, time.monotonic()
+            if time.monotonic() - since > self.limit:
+                if LAUNCHER not in os.environ:  # torchrun waits half a minute for a rank that is stopped
+                    end_siblings(missing)
+                who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
                 raise Missing(
-                    f"{who} of {self.place.world_size} did not start: nothing heard for {limit:g} s after the others",
+                    f"{who} of {self.place.world_size} did not start: no sign for {self.limit:g} s after the others",
                     hint=f"a hanging device or a slow disk; {START_LIMIT}=60 (seconds) waits longer",
                 )
             time.sleep(0.02)
         rank, world_size = self.place.rank, self.place.world_size
-        start = timedelta(seconds=limit)
+        start = timedelta(seconds=self.limit)
         dist.init_process_group("gloo", store=self.store, rank=rank, world_size=world_size, timeout=start)
         # From now on ranks may wait for each other as long as torch usually lets them: one reads a slower disk.
         dist.distributed_c10d._set_pg_timeout(dist.default_pg_timeout, dist.group.WORLD)
+
+    def _without(self, sign: str) -> list[int]:
+        """Ranks that have not given this sign."""
+        return [rank for rank in range(self.place.world_size) if not self.store.check([f"llmc/{sign}/{rank}"])]
 
     def sampler(self, sampler: Samples) -> Samples:
         """Rank 0's choice, on every rank."""
@@ -278,17 +286,31 @@ def is_gone(error: BaseException | None) -> bool:
     return False
 
 
+def end_siblings(ranks: Sequence[int]) -> None:
+    """Kill these ranks of this host: children of this process's parent, known by RANK in their environment (Linux)."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent != os.getppid() or folder.name == str(os.getpid()):
+                continue
+            words = (folder / "environ").read_bytes().split(b"\0")
+            if any(f"RANK={rank}".encode() in words for rank in ranks):
+                os.kill(int(folder.name), signal.SIGKILL)
+        except (OSError, ValueError, IndexError):  # it has ended, or belongs to somebody else
+            continue
+
+
 def message_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return f"{type(error).__name__}: {error}"
 
 
-def start_limit() -> float:
-    """Seconds that ranks wait for a further one to arrive."""
+def start_limit(place: Place) -> float:
+    """Seconds that ranks wait for a sign of those that are missing."""
     text = os.environ.get(START_LIMIT, "")
     try:
-        seconds = float(text or START_SECONDS)
+        seconds = float(text or START_SECONDS[place.one_host])
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 1e6:

@@ -1,0 +1,288 @@
+"""`llmc run` with several ranks, from outside: answers, and how every kind of failure ends. Needs processes and torch.
+
+A fault is put into one rank by `faults/sitecustomize.py`. The clock runs from the fault to the end of the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from llmc.compiler.checkpoint import read_config, variant_from_config
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+LLMC = [sys.executable, "-m", "llmc.run"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+IDS = ["--input-ids", "1,5,9,2", "3,3,3", "--ignore-eos", "--max-output-length", "12", "--load-tokenizer", "False"]
+TEXT = ["--input-text", "w5 w9", "--stream", "--ignore-eos"]
+SECONDS = 10  # from a failure to the end of everything
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> list[str]:
+    """Flags for a llama of 2 layers whose tokens are the words w0 to w63."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "mine.yaml").write_text(variant_from_config(read_config(path), "mine"))
+    return ["--model-path", str(path), "--graph", str(path / "mine.yaml"), "--dtype", "float32"]
+
+
+@dataclass
+class Run:
+    """A command under way, known by a word in the environment of all its processes."""
+
+    process: subprocess.Popen[str]
+    word: str
+    mark: Path
+
+    def pids(self, rank: int | None = None) -> list[int]:
+        """Processes of this run, or those of one rank."""
+        wanted = {f"LLMC_TEST_WORD={self.word}".encode(), *([] if rank is None else [f"RANK={rank}".encode()])}
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (folder / "environ").read_bytes().split(b"\0")
+                dead = (folder / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            except OSError:
+                continue
+            if wanted <= set(words) and not dead:
+                found.append(int(folder.name))
+        return found
+
+    def wait_for_mark(self) -> None:
+        until(self.mark.exists, "the fault")
+
+    def end(self) -> tuple[int, str, str]:
+        """Code, stdout, stderr, after a look that nothing is left and that a failure took no longer than it may."""
+        out, err = self.process.communicate(timeout=120)
+        failed = self.mark.stat().st_mtime if self.mark.exists() else time.time()
+        assert time.time() - failed < SECONDS, err
+        assert self.pids() == []
+        return self.process.returncode, out, err
+
+
+def until(ready, what: str) -> None:
+    limit = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < limit, f"{what} did not come"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def start(tmp_path) -> Iterator:
+    """start(words, fault="1 load raise", ranks="--tp 2") -> Run; what a failed test leaves is killed."""
+    runs: list[Run] = []
+
+    def go(*words: str, fault: str = "", command: list[str] | None = None, **more: str) -> Run:
+        word, mark = uuid.uuid4().hex, tmp_path / f"mark{len(runs)}"
+        env = {name: value for name, value in os.environ.items() if not name.startswith("LLMC_")}
+        env |= {"LLMC_TEST_WORD": word, "LLMC_TEST_MARK": str(mark), "LLMC_TEST_FAULT": fault, "OMP_NUM_THREADS": "1"}
+        env |= {"PYTHONPATH": str(Path(__file__).parent / "faults"), **more}
+        process = subprocess.Popen(
+            [*(command or LLMC), *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+            start_new_session=True,
+        )
+        runs.append(Run(process, word, mark))
+        return runs[-1]
+
+    yield go
+    for run in runs:
+        for pid in run.pids():
+            os.kill(pid, signal.SIGKILL)
+
+
+def tokens(out: str) -> list[list[int]]:
+    return [output["token_ids"] for output in json.loads(out)["outputs"]]
+
+
+def error(err: str) -> str:
+    """The one message; other lines are its hint."""
+    (line,) = [line for line in err.splitlines() if line.startswith("llmc: ")]
+    return line
+
+
+@pytest.fixture(scope="module")
+def alone(model) -> list[list[int]]:
+    """What one rank answers."""
+    done = subprocess.run([*LLMC, *model, *IDS, "--json"], capture_output=True, text=True, check=True)
+    return tokens(done.stdout)
+
+
+def test_two_runs_of_two_and_three_ranks_at_once_answer_as_one_rank(model, alone, start):
+    runs = [start(*model, *IDS, "--json", "--tp", tp) for tp in ("2", "3")]
+    for run in runs:
+        code, out, err = run.end()
+        assert (code, err) == (0, "")
+        assert tokens(out) == alone
+
+
+def test_under_torchrun_ranks_join_and_one_answers(model, alone, start):
+    command = [*TORCHRUN, "--master-port", "20010", "-m", "llmc.run"]
+    code, out, err = start(*model, *IDS, "--json", "--use-refactor", command=command).end()
+    assert code == 0, err
+    assert tokens(out) == alone
+    assert err.count("note: --use-refactor") == 1
+
+
+def test_notes_prompts_and_lines_come_once_and_as_of_one_rank(model, start):
+    prompts = ["--input-text", "w5 ${local_rank} $$", "w1 w2 w3", "--max-input-length", "2", "--max-output-length", "3"]
+    words = [*model, *prompts, "--use-refactor", "--ignore-eos"]
+    one, two = start(*words, "--tp", "1"), start(*words, "--tp", "2")
+    (_, out1, err1), (code, out2, err2) = one.end(), two.end()
+    assert code == 0
+    assert err1 == err2
+    assert list(out1.splitlines()[:-1]) == out2.splitlines()[:-1]
+    assert "Question[0]: w5 ${local_rank} $$" in out2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tp", "9"], "world size 9"),
+        (["--tp", "2", "--input-file", "nowhere"], "--input-file nowhere cannot be read"),
+        (["--tp", "2", "--input-ids", "99"], "prompt 0 holds token id 99"),
+    ],
+)
+def test_what_every_rank_would_refuse_is_said_once(model, start, words, message):
+    code, out, err = start(*model, *words).end()
+    assert (code, out) == (1, "")
+    assert message in error(err)
+
+
+def test_torchrun_decides_how_many_ranks_there_are(model, start):
+    command = [*TORCHRUN, "--standalone", "-m", "llmc.run"]
+    code, out, err = start(*model, *IDS, "--tp", "3", command=command).end()
+    assert (code, out) == (1, "")
+    assert "--tp 3, but torchrun started 2 ranks" in error(err)
+
+
+@pytest.mark.parametrize("phase", ["start", "load", "prefill", "decode"])
+def test_a_killed_rank_ends_the_others_and_is_named(model, start, phase):
+    code, _, err = start(*model, *IDS, "--tp", "2", fault=f"1 {phase} SIGKILL").end()
+    assert code == 1
+    assert "rank 1 was killed by SIGKILL" in error(err)
+
+
+@pytest.mark.parametrize(("rank", "phase"), [("1", "device"), ("1", "load"), ("0", "prefill"), ("1", "decode")])
+def test_an_error_on_one_rank_is_said_by_it_and_ends_all(model, start, rank, phase):
+    code, out, err = start(*model, *IDS, "--tp", "2", fault=f"{rank} {phase} raise").end()
+    assert (code, out) == (1, "")
+    assert error(err) == f"llmc: rank {rank}: RuntimeError: broken on purpose"
+
+
+def test_an_error_on_all_ranks_is_said_by_the_first(model, start):
+    code, out, _err = start(*model, *IDS, "--tp", "3", "--json", fault="0,1,2 load raise").end()
+    assert code == 1
+    assert json.loads(out)["problems"][0]["message"] == "rank 0: RuntimeError: broken on purpose"
+
+
+def test_a_rank_that_ends_without_a_word_is_named(model, start):
+    code, _, err = start(*model, *IDS, "--tp", "2", fault="1 decode exit").end()
+    assert code == 1
+    assert "rank 1 ended with code 7 and gave no reason" in error(err)
+
+
+@pytest.mark.parametrize("fault", ["1 start SIGSTOP", "0 start SIGSTOP", "1 device sleep"])
+def test_a_rank_that_hangs_at_start_is_named_by_the_others(model, start, fault):
+    code, out, err = start(*model, *IDS, "--tp", "2", fault=fault).end()
+    assert (code, out) == (1, "")
+    assert f"rank {fault[0]} of 2 did not start" in error(err)
+
+
+def test_under_torchrun_a_rank_that_hangs_at_start_ends_all(model, start):
+    command = [*TORCHRUN, "--standalone", "-m", "llmc.run"]
+    code, _, err = start(*model, *IDS, command=command, fault="1 start SIGSTOP").end()
+    assert code == 1
+    assert "rank 1 of 2 did not start" in error(err)
+
+
+def test_a_slow_start_is_waited_for_when_asked(model, start):
+    run = start(*model, *IDS, "--tp", "2", "--json", fault="1 start SIGSTOP", LLMC_START_TIMEOUT="60")
+    run.wait_for_mark()
+    time.sleep(7)
+    (pid,) = run.pids(rank=1)
+    run.mark.unlink()
+    os.kill(pid, signal.SIGCONT)
+    assert run.end()[0] == 0
+
+
+def streaming(start, model: list[str], *words: str, **more) -> Run:
+    """A run of two ranks that has begun to answer and would go on for a long time."""
+    run = start(*model, *TEXT, "--max-output-length", "4000", "--tp", "2", *words, **more)
+    assert run.process.stdout is not None
+    seen = ""
+    while not re.search(r"Answer\[0\]: w\d+ w", seen):
+        char = run.process.stdout.read(1)
+        assert char, run.process.communicate()
+        seen += char
+    run.mark.touch()
+    return run
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_while_it_answers_ends_all(model, start, rank):
+    run = streaming(start, model)
+    (pid,) = run.pids(rank)
+    os.kill(pid, signal.SIGKILL)
+    code, _, err = run.end()
+    assert code == 1
+    assert f"rank {rank} was killed by SIGKILL" in error(err)
+
+
+def test_an_interrupt_ends_all_with_one_word(model, start):
+    run = streaming(start, model)
+    os.killpg(run.process.pid, signal.SIGINT)
+    code, _, err = run.end()
+    assert (code, err) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_without_the_first_process_no_rank_lives_on(model, start, number):
+    run = streaming(start, model)
+    run.process.send_signal(number)
+    run.process.wait(SECONDS)
+    until(lambda: run.pids() == [], "the end of the ranks")
+    assert run.end()[0] == (-9 if number == signal.SIGKILL else 143)
+
+
+def test_a_reader_that_leaves_early_is_no_error(model, start):
+    run = streaming(start, model)
+    assert run.process.stdout is not None
+    run.process.stdout.close()
+    run.process.stdout = open(os.devnull)  # noqa: SIM115 (what is left to read)
+    code, _, err = run.end()
+    assert (code, err) == (0, "")
