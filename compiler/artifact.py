@@ -103,7 +103,7 @@ def make_manifest(compiled: Compiled) -> dict[str, Any]:
         "inputs": {n: {**_describe(t), "host": t.host} for n, t in roles["input"].items()},
         "constants": {n: _constant(n, t, compiled) for n, t in roles["constant"].items()},
         "caches": {n: _describe(t) for n, t in roles["cache"].items()},
-        "weights": {name: describe_weight(w, splits) for name, w in graph.weights.items()},
+        "weights": {name: describe_weight(w, splits, tensors[name].format) for name, w in graph.weights.items()},
         "splits": {
             name: {"size": split.size, "local": split.local, "ranks": [list(run) for run in split.runs]}
             for split, name in splits.items()
@@ -158,7 +158,7 @@ def _constant(name: str, t: AtbTensor, compiled: Compiled) -> dict[str, Any]:
     return {**_describe(t), "kind": f"rope_{name.split('_')[0]}"}
 
 
-def describe_weight(weight: Weight, splits: Mapping[Split, str]) -> dict[str, Any]:
+def describe_weight(weight: Weight, splits: Mapping[Split, str], layout: str) -> dict[str, Any]:
     """A weight's sources in the checkpoint, and what the loader makes of them: `shape` is one rank's.
 
     S(0): of each source a rank takes the rows that the split of the same place says; S(1): of every source the columns
@@ -172,7 +172,7 @@ def describe_weight(weight: Weight, splits: Mapping[Split, str]) -> dict[str, An
         "shape": list(weight.type.local),
         "dtype": weight.type.dtype,
         "transpose": False,
-        "format": "nd",
+        "format": layout,
         "tp": weight.split,
         "shard": str(weight.type.shard),
         "splits": [splits[split] for split in weight.type.shard.splits],

@@ -16,7 +16,6 @@ from llmc.compiler.source import LOADER
 
 DTYPES = ("float16", "bfloat16", "float32")  # of weights and activations
 ATTENTION = ("paged", "flash")
-ANNOUNCED = ("atlas-300i-duo",)  # devices that `support:` may name although this version does not compile for them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +26,8 @@ class Device:
     chip: str  # Ascend910B | Ascend310P | host
     dtypes: tuple[str, ...]
     attention: tuple[str, ...]
+    formats: Mapping[str, str]  # of weight (of a matmul), cache and mask: "nd" or "nz"
+    merged_heads: bool  # prefill attention takes q, k, v as [T, H * D]; else [T, H, D]
     fusions: Mapping[str, tuple[str, ...]]  # phase -> fusions that are on by default
     backends: Mapping[str, str]  # of collectives, the default first -> that of the fused LinearParallel, "" if none
     causal_mask: Mapping[str, float]  # dtype -> value above the diagonal of the NORM_COMPRESS mask
@@ -39,17 +40,9 @@ def device_names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
-def known_devices() -> list[str]:
-    """Devices that exist, whether or not this version compiles for them."""
-    return sorted({*device_names(), *ANNOUNCED})
-
-
 @cache
 def device(name: str) -> Device:
     """The device of that name; UserError with the known ones otherwise."""
-    if name in ANNOUNCED:
-        hint = " or ".join(device_names())
-        raise UserError(f"this version does not compile for {name} yet", hint=hint, code="E401")
     if name not in device_names():
         raise UserError(f"unknown device {name!r}", hint=did_you_mean(name, device_names()), code="E401")
     data = yaml.load((files("llmc.graphs") / "hardware" / f"{name}.yaml").read_text(encoding="utf-8"), LOADER)
@@ -58,6 +51,8 @@ def device(name: str) -> Device:
         chip=data["chip"],
         dtypes=tuple(data["dtypes"]),
         attention=tuple(data["attention"]),
+        formats=data["formats"],
+        merged_heads=data["merged_heads"],
         fusions={phase: tuple(names) for phase, names in data["fusions"].items()},
         backends=data["backends"],
         causal_mask=data["causal_mask"],

@@ -16,7 +16,7 @@ from typing import Any
 import networkx as nx
 from llmc.compiler.diagnostics import Place, Report, did_you_mean
 from llmc.compiler.expressions import ExpressionError, Number, UnknownName, evaluate
-from llmc.compiler.hardware import ATTENTION, DTYPES, known_devices
+from llmc.compiler.hardware import ATTENTION, DTYPES, device_names
 from llmc.compiler.ir import Graph, Rows, TensorType
 from llmc.compiler.ops import OPS, Attr, Op
 from llmc.compiler.passes.types import in_layers, is_named
@@ -546,7 +546,7 @@ class Language(Reader):
     def read_support(self, value: Value | None) -> dict[str, dict[str, tuple]]:
         found: dict[str, dict[str, tuple]] = {}
         support = self.mapping(value, "support")
-        known = known_devices()
+        known = device_names()
         for device, item in support.items.items():
             if device not in known:
                 self.report.add("E101", f"support: unknown device '{device}'", support.keys[device],

@@ -11,6 +11,7 @@ from typing import Any
 
 from llmc.compiler.atb.core import DTYPE_BYTES
 from llmc.compiler.ir import AtbGraph, Shape, Weight
+from llmc.compiler.ops.attention import BLOCK_SIZE
 
 
 def memory_plan(weights: Mapping[str, Weight], lowered: Mapping[str, AtbGraph]) -> dict[str, Any]:
@@ -25,9 +26,9 @@ def memory_plan(weights: Mapping[str, Weight], lowered: Mapping[str, AtbGraph]) 
 
 
 def cache_bytes_per_token(graph: AtbGraph) -> int:
-    """Paged caches are [N, block, heads, size], contiguous ones [1, B, S, width]."""
+    """Paged caches have N blocks, contiguous ones a place for each position."""
     caches = [t for t in graph.tensors.values() if t.role == "cache"]
-    block = next((t.shape[1] for t in caches if t.shape[0] == "N" and isinstance(t.shape[1], int)), 1)
+    block = BLOCK_SIZE if any(t.shape[0] == "N" for t in caches) else 1
     return sum(known_bytes(t.dtype, t.shape) for t in caches) // block
 
 

@@ -66,9 +66,13 @@ def split_over_ranks(graph: Graph, world_size: int) -> Graph:
         raise DiagnosticError([*error.diagnostics, closing]) from None
 
 
+def chip_of(options: Options) -> str:
+    return device(options.device).chip
+
+
 def fuse_collective(graph: Graph, options: Options) -> Graph:
-    target = device(options.device)
-    return fuse_linear_all_reduce(graph, target.chip, target.backends.get(options.backend or "", ""))
+    fused_backend = device(options.device).backends.get(options.backend or "", "")
+    return fuse_linear_all_reduce(graph, chip_of(options), fused_backend)
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,10 @@ MODEL_PASSES = (
     Pass("shard",    lambda g, o: split_over_ranks(g, o.world_size), "sharding of every edge; collectives", parallel),
 )
 PHASE_PASSES = (  # for prefill, then for decode
-    Pass("swiglu",   lambda g, o: fuse_swiglu(g),                    "split, silu, mul in one operation", fused),
+    Pass("swiglu",   lambda g, o: fuse_swiglu(g, chip_of(o)),        "split, silu, mul in one operation", fused),
     Pass("add_norm", lambda g, o: fuse_add_norm(g),                  "residual add and norm in one operation", fused),
     Pass("linear_all_reduce", fuse_collective,                       "product and sum over ranks in one", fused),
-    Pass("lower",    lambda g, o: lower(g, o.attention, o.backend),  "operators become ATB operations"),
+    Pass("lower",    lambda g, o: lower(g, o.attention, o.backend, device(o.device)), "ATB operations for operators"),
     Pass("segment",  lambda g, o: segment(g, o.layers_per_segment),  "graphs that fit libatb's limits"),
 )
 # fmt: on

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from llmc.compiler import reading
-from llmc.compiler.hardware import ATTENTION, DTYPES, known_devices
+from llmc.compiler.hardware import ATTENTION, DTYPES, device_names
 from llmc.compiler.language import BLOCK_KEYS, INPUTS, MODEL_KEYS, MODEL_NAME, PAIRINGS, PATTERN, SCALINGS
 from llmc.compiler.ops import FAMILIES, OPS, Attr, Op
 from llmc.compiler.source import GRAPHS
@@ -43,7 +43,7 @@ def schema() -> dict[str, Any]:
         "policy": {"type": "array", "items": {"$ref": "#/$defs/policy"}, "minItems": 1},
         "support": {
             "type": "object",
-            "properties": {device: removable({"$ref": "#/$defs/offer"}) for device in known_devices()},
+            "properties": {device: removable({"$ref": "#/$defs/offer"}) for device in device_names()},
             "additionalProperties": False,
         },
     }

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.blocks import BlockManager, CacheRoom, RowManager
-from llmc.runtime.runner import Executes, Runner, is_paged
+from llmc.runtime.runner import Executes, Runner, block_size, cache_sizes, is_paged
 from llmc.runtime.sampling import Sampler, Samples, SamplingParams
 from llmc.runtime.scheduler import Scheduler
 from llmc.runtime.sequence import Sequence as Request
@@ -86,12 +86,12 @@ class Engine:
     ) -> None:
         self.manifest, self.tokenizer, self.clock = manifest, tokenizer, clock
         self.runner = Runner(manifest, executor, caches, device)
-        shape = next(iter(caches.values())).shape
+        sizes = cache_sizes(manifest, caches)
         room: CacheRoom
         if is_paged(manifest):
-            room = BlockManager(num_blocks=shape[0], block_size=shape[1])
+            room = BlockManager(num_blocks=sizes["N"], block_size=block_size(manifest))
         else:
-            room, max_batch = RowManager(rows=shape[1], length=shape[2]), min(max_batch, shape[1])
+            room, max_batch = RowManager(rows=sizes["B"], length=sizes["S"]), min(max_batch, sizes["B"])
         self.scheduler = Scheduler(room, max_batch=max_batch, max_prefill_tokens=max_prefill_tokens)
         self.max_length = min(room.capacity, max_length or room.capacity)
         self.sampler = sampler or Sampler()

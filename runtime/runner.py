@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.blocks import BLOCK_SIZE, slot
+from llmc.runtime.formats import in_format
+from llmc.runtime.hostatb.numeric import nd_to_nz
 from llmc.runtime.rope import rope_tables
 from llmc.runtime.scheduler import Batch
 from llmc.runtime.sequence import Sequence as Request
@@ -42,7 +44,7 @@ def make_caches(
     for name, cache in manifest["caches"].items():
         shape, dtype = _shape(cache["shape"], sizes), getattr(torch, cache["dtype"])
         try:
-            caches[name] = torch.zeros(shape, dtype=dtype, device=device)
+            caches[name] = in_format(torch.zeros(shape, dtype=dtype, device=device), cache["format"])
         except RuntimeError:  # torch.OutOfMemoryError on devices, a plain RuntimeError on the host
             each, count = math.prod(shape) * dtype.itemsize, len(manifest["caches"])
             raise UserError(
@@ -63,8 +65,7 @@ def make_constants(
         shape, dtype = _shape(constant["shape"], {"P": positions}), getattr(torch, constant["dtype"])
         match constant["kind"]:
             case "causal_mask":
-                value = torch.full(shape, constant["value"], dtype=torch.float32)
-                made[name] = value.triu(diagonal=1).to(device=device, dtype=dtype)
+                made[name] = in_format(causal_mask(constant, shape, dtype).to(device), constant["format"])
             case "rope_cos" | "rope_sin" as kind:
                 key = (shape[-1], dtype)
                 if key not in tables:
@@ -75,6 +76,26 @@ def make_constants(
             case other:
                 raise UserError(f"the artifact's constant {name!r} is of the unknown kind {other!r}", code="E501")
     return made
+
+
+def causal_mask(constant: Mapping[str, Any], shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """`value` above the diagonal of [n, n]; as nz [1, n / 16, n, 16]."""
+    n = shape[2] if constant["format"] == "nz" else shape[0]
+    mask = torch.full((n, n), constant["value"], dtype=torch.float32).triu(diagonal=1).to(dtype)
+    return nd_to_nz(mask) if constant["format"] == "nz" else mask
+
+
+def cache_sizes(manifest: Mapping[str, Any], caches: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """What the symbols of the cache's shape are here: {"N": blocks}, or {"B": rows, "S": positions}."""
+    name, cache = next(iter(caches.items()))
+    named = zip(manifest["caches"][name]["shape"], cache.shape, strict=True)
+    return {symbol: size for symbol, size in named if isinstance(symbol, str)}
+
+
+def block_size(manifest: Mapping[str, Any]) -> int:
+    """Positions in a block of the paged cache: [N, block, heads, head_dim], as nz [N, columns / 16, block, 16]."""
+    cache = next(iter(manifest["caches"].values()))
+    return cache["shape"][2 if cache["format"] == "nz" else 1]
 
 
 def _shape(shape: Sequence[int | str], sizes: Mapping[str, int]) -> list[int]:
@@ -93,14 +114,15 @@ class Runner:
     ) -> None:
         self.manifest, self.executor, self.caches, self.device = manifest, executor, caches, device
         self.paged = is_paged(manifest)
-        first = next(iter(manifest["caches"].values()))["shape"]
-        self.block_size = first[1] if self.paged else BLOCK_SIZE
+        self.block_size = block_size(manifest) if self.paged else BLOCK_SIZE
         self._rows: dict[tuple[int, int], dict[str, torch.Tensor]] = {}  # views of cache rows, made once
 
     def run(self, batch: Batch) -> torch.Tensor:
         for move in batch.moves:
-            for cache in self.caches.values():
-                cache[:, move.target, : move.length] = cache[:, move.source, : move.length]
+            for name, cache in self.caches.items():
+                axis = self.manifest["caches"][name]["shape"].index("S")
+                kept = cache.narrow(axis, 0, move.length)  # [1, B, length, ...], as nz [1, B, ..., length, 16]
+                kept[:, move.target] = kept[:, move.source]
         inputs = self.inputs(batch)
         if not self.paged:
             inputs |= self._cache_rows(batch.first_row, batch.first_row + len(batch.sequences))
@@ -130,7 +152,10 @@ class Runner:
 
     def _cache_rows(self, start: int, end: int) -> dict[str, torch.Tensor]:
         if (start, end) not in self._rows:
-            self._rows[start, end] = {name: cache[:, start:end] for name, cache in self.caches.items()}
+            self._rows[start, end] = {
+                name: in_format(cache[:, start:end], self.manifest["caches"][name]["format"])
+                for name, cache in self.caches.items()
+            }
         return self._rows[start, end]
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from llmc.compiler.diagnostics import UserError
+from llmc.runtime.formats import in_format
 from safetensors import SafetensorError, safe_open
 
 LOG = logging.getLogger("llmc.weights")
@@ -84,7 +85,7 @@ def load_weights(
             # "tp" is how the author asked for the share; "shard" and "splits" say what the share is.
             key = json.dumps({k: v for k, v in weight.items() if k != "tp"}, sort_keys=True)
             if key not in made:
-                made[key] = _load(weight, stored, splits, rank).to(device)
+                made[key] = in_format(_load(weight, stored, splits, rank).to(device), weight["format"])
             result[name] = made[key]
             advance(1)
     return result

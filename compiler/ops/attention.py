@@ -17,7 +17,7 @@ from llmc.compiler.ops.core import Attr, NoRule, Op, Sharding, describe, same_dt
 from llmc.compiler.sharding import WHOLE, deal_heads, split_on
 
 if TYPE_CHECKING:
-    from llmc.compiler.passes.lower import Lowering
+    from llmc.compiler.passes.lower import Lowering, Ref
 
 BLOCK_SIZE = 128  # positions in a cache block
 
@@ -60,27 +60,44 @@ def attention_lower(node: Node, low: Lowering) -> None:
     if low.attention == "flash":
         flash_lower(node, low, common, (q, k, v), kv_heads * d)
         return
-    k_cache, v_cache = (low.cache(node, slot, ("N", BLOCK_SIZE, kv_heads, d), axis=2) for slot in "kv")
+    k_cache, v_cache = paged_caches(node, low, kv_heads, d)
     k_heads, v_heads = (low.view(t, (low.tokens, kv_heads, d)) for t in (k, v))
     slots = low.input("slots", "int32", (low.tokens,))
     low.emit(node, "ReshapeAndCache", {}, [k_heads, v_heads, k_cache, v_cache, slots],
              outs=[k_cache, v_cache], suffix="cache")  # fmt: skip
+    q_heads = low.view(q, (low.tokens, heads, d))
     if low.phase == "prefill":
-        lengths = low.input("seq_len", "int32", ("B",), host=True)
+        qkv = [q, k, v] if low.device.merged_heads else [q_heads, k_heads, v_heads]
+        shape = None if low.device.merged_heads else (low.tokens, heads, d)
         param = {**common, "calcType": PA_ENCODER, "maskType": NORM_COMPRESS, "isTriuMask": 1}
-        low.emit(node, "SelfAttention", param, [q, k, v, low.causal_mask(), lengths])
+        low.emit(
+            node, "SelfAttention", param, [*qkv, low.causal_mask(), low.input("seq_len", "int32", ("B",))], shape=shape
+        )
         return
     tables = low.input("block_tables", "int32", ("B", "M"))
-    lengths = low.input("context_lens", "int32", ("B",), host=True)
-    ins = [low.view(q, ("B", heads, d)), k_cache, v_cache, tables, lengths]
+    ins = [q_heads, k_cache, v_cache, tables, low.input("context_lens", "int32", ("B",))]
     low.emit(node, "PagedAttention", common, ins, shape=("B", heads, d))
 
 
-def flash_lower(node: Node, low: Lowering, common: dict, qkv: Sequence, width: int) -> None:
-    """The operation appends k and v to its caches itself; layer_id 0, because each layer has its own caches."""
-    caches = [low.cache(node, slot, (1, "B", "S", width), axis=3) for slot in "kv"]
-    offset = low.input("token_offset", "int32", ("B",), host=True)
-    lengths = low.input("seq_len", "int32", ("B",), host=True)
+def paged_caches(node: Node, low: Lowering, kv_heads: int, head_dim: int) -> list[Ref]:
+    """[blocks, 128, kv heads, head_dim], as NZ [blocks, kv heads * head_dim / 16, 128, 16] (3.9)."""
+    if low.device.formats["cache"] == "nz":
+        shape, axis = ("N", kv_heads * head_dim // 16, BLOCK_SIZE, 16), 1
+    else:
+        shape, axis = ("N", BLOCK_SIZE, kv_heads, head_dim), 2
+    return [low.cache(node, slot, shape, axis=axis) for slot in "kv"]
+
+
+def flash_lower(node: Node, low: Lowering, common: dict, qkv: Sequence[Ref], width: int) -> None:
+    """The operation appends k and v to its caches itself; layer_id 0, because each layer has its own caches.
+
+    A cache is [1, B, S, width], as NZ [1, B, width / 16, S, 16] (3.8)."""
+    if low.device.formats["cache"] == "nz":
+        shape, axis = (1, "B", width // 16, "S", 16), 2
+    else:
+        shape, axis = (1, "B", "S", width), 3
+    caches = [low.cache(node, slot, shape, axis=axis) for slot in "kv"]
+    offset, lengths = low.input("token_offset", "int32", ("B",)), low.input("seq_len", "int32", ("B",))
     layer = low.input("layer_id", "int32", (1,))
     if low.phase == "prefill":
         param = {**common, "calcType": ENCODER, "maskType": NORM_COMPRESS, "isTriuMask": 1}

@@ -63,7 +63,7 @@ def linear_all_reduce_shard(node: Node, types: Sequence[TensorType], world_size:
 
 def linear_all_reduce_lower(node: Node, low: Lowering) -> None:
     param = fused_param({**low.communicator(), "backend": node.attrs["backend"]})
-    low.emit(node, "LinearParallel", param, [low.read(node.inputs["x"]), low.weight(node, "weight")])
+    low.emit(node, "LinearParallel", param, [low.read(node.inputs["x"]), low.weight(node, "weight", matmul=True)])
 
 
 def fused_param(communicator: Mapping[str, Any]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def _pieces(node: Node, world_size: int) -> list[Split]:
 def linear_lower(node: Node, low: Lowering) -> None:
     """Weights stay [n, k] as in the checkpoint: transposeB, ATB's default."""
     has_bias = "bias" in node.weights
-    ins = [low.read(node.inputs["x"]), low.weight(node, "weight")]
+    ins = [low.read(node.inputs["x"]), low.weight(node, "weight", matmul=True)]
     low.emit(node, "Linear", {"hasBias": has_bias}, [*ins, low.weight(node, "bias")] if has_bias else ins)
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from llmc.compiler.atb import OPS as ATB
-from llmc.compiler.atb.core import AtbError
-from llmc.compiler.ir import Graph, Node
+from llmc.compiler.atb.core import AtbError, Desc
+from llmc.compiler.atb.elementwise import SWIGLU_FORWARD
+from llmc.compiler.ir import Graph, Node, evaluate
 from llmc.compiler.ops.collective import fused_param
 
+SOME_TOKENS = 16  # kernels look at the width only
 
-def fuse_swiglu(graph: Graph) -> Graph:
-    """split, silu, mul  ->  swiglu        (one rounding instead of two)"""
+
+def fuse_swiglu(graph: Graph, chip: str) -> Graph:
+    """split, silu, mul  ->  swiglu        (one rounding instead of two), where the chip's kernel takes the width"""
     drop: set[str] = set()
     put: dict[str, Node] = {}
     for mul in graph.nodes:
@@ -26,6 +31,10 @@ def fuse_swiglu(graph: Graph) -> Graph:
         if act.inputs["x"] != gate or mul.inputs["b"] != up or not only_here or exposed:
             continue
         if graph.consumers[act.value()] != (mul,) or len(set(split.attrs["sizes"])) != 1:
+            continue
+        packed = graph.types[split.inputs["x"]]
+        x = Desc(dtype=packed.dtype, shape=(SOME_TOKENS, *evaluate(packed.local[1:], {})))
+        if not _accepts("Activation", {"activationType": SWIGLU_FORWARD}, chip, x):
             continue
         drop |= {act.name, split.name}
         put[mul.name] = Node(name=mul.name, op="swiglu", inputs={"x": split.inputs["x"]}, place=act.place)
@@ -68,7 +77,8 @@ def fuse_linear_all_reduce(graph: Graph, chip: str, backend: str) -> Graph:
     """linear, all_reduce  ->  linear_all_reduce     (the sum starts while the product is made)
 
     Without bias, and where the chip's LinearParallel takes this world size; backend "": the chip has no such kernel."""
-    if not backend or not _has_kernel(graph.world_size, chip, backend):
+    communicator = {"rank": 0, "rankSize": graph.world_size, "backend": backend}
+    if not backend or not _accepts("LinearParallel", fused_param(communicator), chip):
         return graph
     drop: set[str] = set()
     put: dict[str, Node] = {}
@@ -82,11 +92,14 @@ def fuse_linear_all_reduce(graph: Graph, chip: str, backend: str) -> Graph:
     return graph.with_nodes(put.get(node.name, node) for node in graph.nodes if node.name not in drop)
 
 
-def _has_kernel(world_size: int, chip: str, backend: str) -> bool:
-    """libatb's own answer: lcoc wants a power of two."""
-    op = ATB["LinearParallel"]
+def _accepts(op: str, param: Mapping[str, Any], chip: str, *ins: Desc) -> bool:
+    """libatb's own answer: at creation, and with inputs given also of its shape rules."""
+    entry = ATB[op]
+    values = entry.param(param)
     try:
-        op.create(op.param(fused_param({"rank": 0, "rankSize": world_size, "backend": backend})), chip)
+        entry.create(values, chip)
+        if ins:
+            entry.infer(values, ins, chip)
     except AtbError:
         return False
     return True

@@ -12,6 +12,7 @@ from typing import Any
 
 from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.diagnostics import Report
+from llmc.compiler.hardware import Device
 from llmc.compiler.ir import AtbGraph, AtbNode, AtbTensor, Graph, Node, Shape
 from llmc.compiler.ops import OPS, NoRule
 from llmc.compiler.sharding import WHOLE
@@ -28,8 +29,9 @@ class Ref:
 class Lowering:
     """The ATB graph under construction, and the choices that the rules read: phase, attention, tokens symbol."""
 
-    def __init__(self, graph: Graph, attention: str, backend: str) -> None:
+    def __init__(self, graph: Graph, attention: str, backend: str, device: Device) -> None:
         self.graph, self.attention, self.phase, self.backend = graph, attention, graph.phase, backend
+        self.device = device
         self.tokens = "T" if graph.phase == "prefill" else "B"
         self.tensors: dict[str, AtbTensor] = {}
         self.shared: list[AtbNode] = []  # used by all layers, so they come first
@@ -43,27 +45,32 @@ class Lowering:
             self.inputs.append(name)
         return Ref(name=name)
 
-    def input(self, name: str, dtype: str, shape: Shape, *, host: bool = False) -> Ref:
-        """A tensor that the runtime gives with every step."""
-        return self._declare(name, AtbTensor(dtype=dtype, shape=shape, role="input", host=host))
+    def input(self, name: str, dtype: str, shape: Shape) -> Ref:
+        """A tensor that the runtime gives with every step; on the host where an operation reads it there."""
+        return self._declare(name, AtbTensor(dtype=dtype, shape=shape, role="input"))
 
-    def constant(self, name: str, shape: Shape) -> Ref:
+    def constant(self, name: str, shape: Shape, layout: str = "nd") -> Ref:
         """A tensor that the runtime makes once, in the model's dtype."""
-        return self._declare(name, AtbTensor(dtype=self.graph.dtype, shape=shape, role="constant"))
+        return self._declare(name, AtbTensor(dtype=self.graph.dtype, shape=shape, format=layout, role="constant"))
 
-    def weight(self, node: Node, slot: str) -> Ref:
+    def weight(self, node: Node, slot: str, *, matmul: bool = False) -> Ref:
+        """`matmul`: it is the second matrix of a product, which a device may want in a format of its own."""
         weight = node.weights[slot]
-        t = weight.type
-        return self._declare(weight.name, AtbTensor(dtype=t.dtype, shape=t.local, role="weight", shard=t.shard))
+        t, layout = weight.type, self.device.formats["weight"] if matmul else "nd"
+        tensor = AtbTensor(dtype=t.dtype, shape=t.local, format=layout, role="weight", shard=t.shard)
+        return self._declare(weight.name, tensor)
 
     def cache(self, node: Node, slot: str, shape: Shape, *, axis: int) -> Ref:
         """The KV cache of this attention node for its input `slot` (k or v), whose heads lie on `axis`."""
+        layout = self.device.formats["cache"]
         shard = replace(self.graph.types[node.inputs[slot]].shard, axis=axis)
-        tensor = AtbTensor(dtype=self.graph.dtype, shape=shape, role="cache", shard=shard)
+        tensor = AtbTensor(dtype=self.graph.dtype, shape=shape, format=layout, role="cache", shard=shard)
         return self._declare(f"{node.name}.{slot}_cache", tensor)
 
     def causal_mask(self) -> Ref:
-        """The NORM_COMPRESS mask: one [128, 128] triangle for any length."""
+        """The NORM_COMPRESS mask: one [128, 128] triangle for any length; as NZ [1, 8, 128, 16]."""
+        if self.device.formats["mask"] == "nz":
+            return self.constant("mask", (1, 8, 128, 16), "nz")
         return self.constant("mask", (128, 128))
 
     def rope_tables(self, head_dim: int) -> tuple[Ref, Ref]:
@@ -138,6 +145,8 @@ class Lowering:
         outs: Sequence[tuple[str, str, Shape]],
         node: Node | None = None,
     ) -> None:
+        for i in ATB[op].host(ATB[op].param(param), self.device.chip):
+            self.tensors[ins[i].name] = replace(self.tensors[ins[i].name], host=True)
         for out, dtype, shape in outs:
             known = self.graph.types.get(out)
             self.tensors.setdefault(out, AtbTensor(dtype=dtype, shape=shape, shard=known.shard if known else WHOLE))
@@ -170,9 +179,9 @@ def without_defaults(op: str, param: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def lower(graph: Graph, attention: str, backend: str) -> AtbGraph:
+def lower(graph: Graph, attention: str, backend: str, device: Device) -> AtbGraph:
     """operators  ->  ATB operations with host tensors, caches written in place, and views"""
-    low = Lowering(graph, attention, backend)
+    low = Lowering(graph, attention, backend, device)
     report = Report()
     for node in graph.nodes:
         try:

@@ -267,7 +267,7 @@ def test_constants_of_a_manifest():
     facts = {
         "rope": {"theta": 100.0, "pairing": "half"},
         "constants": {
-            "mask": {"kind": "causal_mask", "shape": [3, 3], "dtype": "float16", "value": -65504.0},
+            "mask": {"kind": "causal_mask", "shape": [3, 3], "dtype": "float16", "value": -65504.0, "format": "nd"},
             "cos_table": {"kind": "rope_cos", "shape": ["P", 4], "dtype": "float32"},
             "sin_table": {"kind": "rope_sin", "shape": ["P", 4], "dtype": "float32"},
         },
