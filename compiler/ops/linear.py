@@ -71,7 +71,8 @@ def _pieces(node: Node, world_size: int) -> list[Split]:
         if not count:
             pieces.append(deal(size, world_size))
         elif size % count or count % kv_heads:
-            raise NoRule(f"{size} features are not {count} whole heads in {kv_heads} groups", code="E303")
+            raise NoRule("the heads of the parts do not form groups", found=f"{size} features in {count} heads",
+                         needed=f"whole heads, {kv_heads} of them or a multiple", code="E303")  # fmt: skip
         else:
             # How many ranks hold a kv head depends on how many query heads share it.
             queries, keys = deal_heads(most if count == kv_heads else count, kv_heads, size // count, world_size)
