@@ -85,12 +85,16 @@ def in_layer(name: str, facts: Any) -> Any:
     match = LAYER.match(name)
     if not match:
         return facts
-    block, layer = match[1], int(match[2])
-    pattern = re.compile(rf"^({re.escape(block)})\.(\d+)\.")
+    block, layer = f"{match[1]}.", int(match[2])
 
     def said(text: str) -> str:
-        distance = int(found[2]) - layer if (found := pattern.match(text)) else 0
-        return pattern.sub(rf"\1.{{i{distance:+d}}}." if distance else r"\1.{i}.", text)
+        if not text.startswith(block):
+            return text
+        number, dot, rest = text[len(block) :].partition(".")
+        if not (dot and number.isdecimal()):
+            return text
+        distance = int(number) - layer
+        return f"{block}{{i{distance:+d}}}.{rest}" if distance else f"{block}{{i}}.{rest}"
 
     def walk(value: Any) -> Any:
         if isinstance(value, str):

@@ -54,8 +54,9 @@ def fused(name: str, graph: Graph, options: Options) -> bool:
     return name in chosen
 
 
-def split_over_ranks(graph: Graph, world_size: int) -> Graph:
+def split_over_ranks(graph: Graph, options: Options) -> Graph:
     """The pass, and on refusal also the world sizes at which it would not refuse."""
+    world_size = options.world_size or 1
     try:
         return shard(graph, world_size)
     except DiagnosticError as error:
@@ -64,6 +65,10 @@ def split_over_ranks(graph: Graph, world_size: int) -> Graph:
             code="E303", message=f"{graph.name} cannot be split over {world_size} ranks", needed=f"world size {sizes}"
         )
         raise DiagnosticError([*error.diagnostics, closing]) from None
+
+
+def lower_for(graph: Graph, options: Options) -> AtbGraph:
+    return lower(graph, options.attention, options.backend or "", device(options.device))
 
 
 def chip_of(options: Options) -> str:
@@ -90,13 +95,13 @@ MODEL_PASSES = (
     Pass("dtype",    lambda g, o: with_dtype(g, o.dtype or g.dtype), "weights in the dtype asked for"),
     Pass("policy",   lambda g, o: apply_dtypes(g),                   "casts around nodes with another dtype"),
     Pass("types",    lambda g, o: infer_types(g),                    "every edge gets shape and dtype"),
-    Pass("shard",    lambda g, o: split_over_ranks(g, o.world_size), "sharding of every edge; collectives", parallel),
+    Pass("shard",    split_over_ranks,                               "sharding of every edge; collectives", parallel),
 )
 PHASE_PASSES = (  # for prefill, then for decode
     Pass("swiglu",   lambda g, o: fuse_swiglu(g, chip_of(o)),        "split, silu, mul in one operation", fused),
     Pass("add_norm", lambda g, o: fuse_add_norm(g),                  "residual add and norm in one operation", fused),
     Pass("linear_all_reduce", fuse_collective,                       "product and sum over ranks in one", fused),
-    Pass("lower",    lambda g, o: lower(g, o.attention, o.backend, device(o.device)), "ATB operations for operators"),
+    Pass("lower",    lower_for,                                      "operators become ATB operations"),
     Pass("segment",  lambda g, o: segment(g, o.layers_per_segment),  "graphs that fit libatb's limits"),
 )
 # fmt: on

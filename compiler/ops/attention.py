@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llmc.compiler.atb.self_attention import DECODER, ENCODER, NORM_COMPRESS, PA_ENCODER
-from llmc.compiler.ir import Node, TensorType
+from llmc.compiler.ir import Node, Shape, TensorType
 from llmc.compiler.ops.core import Attr, NoRule, Op, Sharding, describe, same_dtype
 from llmc.compiler.sharding import WHOLE, deal_heads, split_on
 
@@ -81,22 +81,20 @@ def attention_lower(node: Node, low: Lowering) -> None:
 
 def paged_caches(node: Node, low: Lowering, kv_heads: int, head_dim: int) -> list[Ref]:
     """[blocks, 128, kv heads, head_dim], as NZ [blocks, kv heads * head_dim / 16, 128, 16] (3.9)."""
-    if low.device.formats["cache"] == "nz":
-        shape, axis = ("N", kv_heads * head_dim // 16, BLOCK_SIZE, 16), 1
-    else:
-        shape, axis = ("N", BLOCK_SIZE, kv_heads, head_dim), 2
-    return [low.cache(node, slot, shape, axis=axis) for slot in "kv"]
+    nd: Shape = ("N", BLOCK_SIZE, kv_heads, head_dim)
+    nz: Shape = ("N", kv_heads * head_dim // 16, BLOCK_SIZE, 16)
+    shape, heads_axis = (nz, 1) if low.device.formats["cache"] == "nz" else (nd, 2)
+    return [low.cache(node, slot, shape, axis=heads_axis) for slot in "kv"]
 
 
 def flash_lower(node: Node, low: Lowering, common: dict, qkv: Sequence[Ref], width: int) -> None:
     """The operation appends k and v to its caches itself; layer_id 0, because each layer has its own caches.
 
     A cache is [1, B, S, width], as NZ [1, B, width / 16, S, 16] (3.8)."""
-    if low.device.formats["cache"] == "nz":
-        shape, axis = (1, "B", width // 16, "S", 16), 2
-    else:
-        shape, axis = (1, "B", "S", width), 3
-    caches = [low.cache(node, slot, shape, axis=axis) for slot in "kv"]
+    nd: Shape = (1, "B", "S", width)
+    nz: Shape = (1, "B", width // 16, "S", 16)
+    shape, heads_axis = (nz, 2) if low.device.formats["cache"] == "nz" else (nd, 3)
+    caches = [low.cache(node, slot, shape, axis=heads_axis) for slot in "kv"]
     offset, lengths = low.input("token_offset", "int32", ("B",)), low.input("seq_len", "int32", ("B",))
     layer = low.input("layer_id", "int32", (1,))
     if low.phase == "prefill":

@@ -145,8 +145,9 @@ class Lowering:
         outs: Sequence[tuple[str, str, Shape]],
         node: Node | None = None,
     ) -> None:
-        for i in ATB[op].host(ATB[op].param(param), self.device.chip):
-            self.tensors[ins[i].name] = replace(self.tensors[ins[i].name], host=True)
+        if any(self.tensors[ref.name].role == "input" for ref in ins):
+            for i in ATB[op].host(ATB[op].param(param), self.device.chip):
+                self.tensors[ins[i].name] = replace(self.tensors[ins[i].name], host=True)
         for out, dtype, shape in outs:
             known = self.graph.types.get(out)
             self.tensors.setdefault(out, AtbTensor(dtype=dtype, shape=shape, shard=known.shard if known else WHOLE))
