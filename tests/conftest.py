@@ -11,6 +11,7 @@ NEEDS = {
     "hostatb": ["torch"],
     "runtime": ["torch", "transformers"],
     "models": ["torch", "transformers"],
+    "ranks": ["torch", "transformers", "processes"],
 }
 
 

@@ -17,43 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from llmc.compiler.checkpoint import read_config, variant_from_config
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 LLMC = [sys.executable, "-m", "llmc.run"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 IDS = ["--input-ids", "1,5,9,2", "3,3,3", "--ignore-eos", "--max-output-length", "12", "--load-tokenizer", "False"]
 TEXT = ["--input-text", "w5 w9", "--stream", "--ignore-eos"]
 SECONDS = 10  # from a failure to the end of everything
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> list[str]:
-    """Flags for a llama of 2 layers whose tokens are the words w0 to w63."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    path = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(path / "tokenizer.json"))
-    (path / "mine.yaml").write_text(variant_from_config(read_config(path), "mine"))
-    return ["--model-path", str(path), "--graph", str(path / "mine.yaml"), "--dtype", "float32"]
 
 
 @dataclass
@@ -169,18 +138,10 @@ def test_notes_prompts_and_lines_come_once_and_as_of_one_rank(model, start):
     assert "Question[0]: w5 ${local_rank} $$" in out2
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--tp", "9"], "world size 9"),
-        (["--tp", "2", "--input-file", "nowhere"], "--input-file nowhere cannot be read"),
-        (["--tp", "2", "--input-ids", "99"], "prompt 0 holds token id 99"),
-    ],
-)
-def test_what_every_rank_would_refuse_is_said_once(model, start, words, message):
-    code, out, err = start(*model, *words).end()
+def test_what_a_rank_refuses_later_is_said_once(model, start):
+    code, out, err = start(*model, "--tp", "2", "--input-ids", "99").end()
     assert (code, out) == (1, "")
-    assert message in error(err)
+    assert "rank 0: prompt 0 holds token id 99" in error(err)
 
 
 def test_torchrun_decides_how_many_ranks_there_are(model, start):
@@ -197,7 +158,7 @@ def test_a_killed_rank_ends_the_others_and_is_named(model, start, phase):
     assert "rank 1 was killed by SIGKILL" in error(err)
 
 
-@pytest.mark.parametrize(("rank", "phase"), [("1", "device"), ("1", "load"), ("0", "prefill"), ("1", "decode")])
+@pytest.mark.parametrize(("rank", "phase"), [("1", "load"), ("0", "decode")])
 def test_an_error_on_one_rank_is_said_by_it_and_ends_all(model, start, rank, phase):
     code, out, err = start(*model, *IDS, "--tp", "2", fault=f"{rank} {phase} raise").end()
     assert (code, out) == (1, "")
@@ -210,13 +171,7 @@ def test_an_error_on_all_ranks_is_said_by_the_first(model, start):
     assert json.loads(out)["problems"][0]["message"] == "rank 0: RuntimeError: broken on purpose"
 
 
-def test_a_rank_that_ends_without_a_word_is_named(model, start):
-    code, _, err = start(*model, *IDS, "--tp", "2", fault="1 decode exit").end()
-    assert code == 1
-    assert "rank 1 ended with code 7 and gave no reason" in error(err)
-
-
-@pytest.mark.parametrize("fault", ["1 start SIGSTOP", "0 start SIGSTOP", "1 device sleep"])
+@pytest.mark.parametrize("fault", ["0 start SIGSTOP", "1 device sleep"])
 def test_a_rank_that_hangs_at_start_is_named_by_the_others(model, start, fault):
     code, out, err = start(*model, *IDS, "--tp", "2", fault=fault).end()
     assert (code, out) == (1, "")
@@ -230,16 +185,6 @@ def test_under_torchrun_a_rank_that_hangs_at_start_ends_all(model, start):
     assert "rank 1 of 2 did not start" in error(err)
 
 
-def test_a_slow_start_is_waited_for_when_asked(model, start):
-    run = start(*model, *IDS, "--tp", "2", "--json", fault="1 start SIGSTOP", LLMC_START_TIMEOUT="60")
-    run.wait_for_mark()
-    time.sleep(7)
-    (pid,) = run.pids(rank=1)
-    run.mark.unlink()
-    os.kill(pid, signal.SIGCONT)
-    assert run.end()[0] == 0
-
-
 def streaming(start, model: list[str], *words: str, **more) -> Run:
     """A run of two ranks that has begun to answer and would go on for a long time."""
     run = start(*model, *TEXT, "--max-output-length", "4000", "--tp", "2", *words, **more)
@@ -251,16 +196,6 @@ def streaming(start, model: list[str], *words: str, **more) -> Run:
         seen += char
     run.mark.touch()
     return run
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_killed_while_it_answers_ends_all(model, start, rank):
-    run = streaming(start, model)
-    (pid,) = run.pids(rank)
-    os.kill(pid, signal.SIGKILL)
-    code, _, err = run.end()
-    assert code == 1
-    assert f"rank {rank} was killed by SIGKILL" in error(err)
 
 
 def test_an_interrupt_ends_all_with_one_word(model, start):

@@ -194,3 +194,106 @@ def test_the_npu_is_the_default_where_its_packages_are_installed(monkeypatch):
     assert default_device(None) == "atlas-800i-a2"
     assert default_device("npu:1") == "atlas-800i-a2"
     assert default_device("cpu") == "host"
+
+
+TOPOLOGY = """\t   NPU0       NPU1       CPU Affinity
+NPU0       X          {link}       0-23
+NPU1       {link}       X          0-23
+
+Legend:
+
+  X    = Self
+  PIX  = Path traversing a single PCIe switch
+  HCCS = Connection traversing HCCS.
+"""
+
+
+@pytest.fixture
+def topology(tmp_path, monkeypatch):
+    """topology("HCCS"): an npu-smi that prints the matrix with this link."""
+
+    def make(link: str) -> None:
+        script = tmp_path / "npu-smi"
+        script.write_text(
+            f'#!/bin/sh\n[ "$*" = "info -t topo" ] && /bin/cat <<\'END\'\n{TOPOLOGY.format(link=link)}\nEND\n'
+        )
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    for name in ("ATB_LLM_HCCL_ENABLE", "RANK_TABLE_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    return make
+
+
+@pytest.mark.parametrize(("link", "backend"), [("HCCS", "lccl"), ("HCCS_SW", "lccl"), ("PIX", "hccl"), ("SYS", "hccl")])
+def test_lccl_is_for_boards_whose_npus_are_joined_by_hccs(topology, link, backend):
+    topology(link)
+    assert npu.backend(one_host=True) == backend
+    assert npu.backend(one_host=False) == "hccl"
+
+
+def test_the_backend_is_hccl_where_the_topology_is_unknown_or_the_user_says_so(topology, monkeypatch):
+    assert npu.backend(one_host=True) == "hccl"
+    topology("HCCS")
+    monkeypatch.setenv("ATB_LLM_HCCL_ENABLE", "1")
+    assert npu.backend(one_host=True) == "hccl"
+
+
+def test_code_for_lccl_is_refused_where_lccl_cannot_work(topology):
+    npu.check_backend("lccl", one_host=True)  # no npu-smi: nothing is known against it
+    topology("HCCS")
+    assert npu.check_backend("lccl", one_host=True) == ""
+    with pytest.raises(UserError, match=r"lccl works inside one\n.*--backend hccl"):
+        npu.check_backend("lccl", one_host=False)
+    topology("PIX")
+    with pytest.raises(UserError, match=r"lccl needs HCCS between the NPUs.*\n.*--backend hccl"):
+        npu.check_backend("lccl", one_host=True)
+
+
+def test_hccl_over_several_hosts_needs_a_rank_table(topology, monkeypatch, tmp_path):
+    assert npu.check_backend("hccl", one_host=True) == ""
+    with pytest.raises(UserError, match=r"several hosts.*\n.*RANK_TABLE_FILE="):
+        npu.check_backend("hccl", one_host=False)
+    table = tmp_path / "table.json"
+    monkeypatch.setenv("RANK_TABLE_FILE", str(table))
+    with pytest.raises(UserError, match="is not a file"):
+        npu.check_backend("hccl", one_host=True)
+    table.write_text("{}")
+    assert npu.check_backend("hccl", one_host=False) == str(table)
+
+
+@pytest.fixture
+def rank_1(stand_in, topology):
+    """Rank 1 of 2 on a board with HCCS, and its torch.npu."""
+    from llmc.runtime.ranks import Place, Team
+
+    device = stand_in()
+    device.get_device_name = lambda: "Ascend910B4"
+    topology("HCCS")
+    place = Place(
+        rank=1, world_size=2, local_rank=1, local_world_size=2, master_addr="127.0.0.1", master_port=20010
+    )  # fmt: skip
+    return Team(place), device
+
+
+MANIFEST = {"device": "atlas-800i-a2", "chip": "Ascend910B", "attention": "paged", "backend": "lccl"}
+
+
+def test_a_rank_takes_the_device_of_its_local_rank_and_the_communicator_of_its_run(rank_1, monkeypatch):
+    from llmc.runtime.run import open_device
+
+    team, device = rank_1
+    real = torch.device
+    monkeypatch.setattr(torch, "device", lambda kind, index: real("meta", index))  # this torch knows no npu
+    atb, _, built_with = open_device(MANIFEST, "npu", team)
+    assert atb is sys.modules["torch_atb"]
+    assert ("set_device", (1,), {}) in device.calls
+    assert built_with == {"rank": 1, "comm_domain": "20010", "rank_table_file": ""}
+
+
+def test_ranks_do_not_share_an_npu(rank_1):
+    from llmc.runtime.run import open_device
+
+    with pytest.raises(UserError, match=r"each of 2 ranks needs an NPU of its own"):
+        open_device(MANIFEST, "npu:0", rank_1[0])
