@@ -25,6 +25,11 @@ from torch import Tensor
 
 WIDTHS = (24, 40)  # RmsNorm wants multiples of 8; world 3 and world 4 leave rests of 40
 ODD = (17, 31, 45)  # of values that no norm reads
+# Sizes of packed parts, and heads of each: none, as many, groups that ranks share, no groups.
+PARTS = (
+    ((24, 24), ()), ((40, 40), ()), ((24, 40), ()), ((17, 31), ()), ((24, 24, 24), ()),
+    ((24, 24), (6, 6)), ((40, 40), (5, 5)), ((24, 8), (6, 2)), ((24, 8, 8), (3, 1, 1)), ((24, 40), (3, 5)),
+)  # fmt: skip
 TOKENS = 7
 WORLDS = (2, 3, 4)
 FUSIONS = ("swiglu", "add_norm", "linear_all_reduce")
@@ -65,8 +70,10 @@ def graphs(draw) -> str:
     def packed(x: str) -> str:
         """Several parts in one matmul, each with its tensor or all in one; then what gate and up are for."""
         number, tp = len(nodes), draw(st.sampled_from(["column", "column", "column", "replicate"]))
-        sizes = draw(st.sampled_from([(24, 24), (40, 40), (24, 40), (17, 31), (24, 24, 24)]))
+        sizes, heads = draw(st.sampled_from(PARTS))
         parts: dict[str, dict] = {name: {"out": size} for name, size in zip("abc", sizes, strict=False)}
+        for part, count in zip(parts.values(), heads, strict=False):
+            part["heads"] = count
         node: dict = {"op": "linear", "x": x, "tp": tp, "parts": parts}
         biased = draw(st.booleans())
         if draw(st.booleans()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from llmc.compiler import artifact
@@ -11,6 +13,7 @@ from llmc.runtime import hostatb
 from llmc.runtime.demo import demo_weights
 from llmc.runtime.engine import Engine
 from llmc.runtime.executor import Executor
+from llmc.runtime.hostatb.collective import run_ranks
 from llmc.runtime.runner import make_caches, make_constants
 from llmc.runtime.sampling import SamplingParams
 from llmc.runtime.tokenizer import load_tokenizer
@@ -48,27 +51,38 @@ def expected(checkpoint) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def engine_for(checkpoint, tmp_path_factory):
-    made: dict[str, Engine] = {}
-    weights: dict[str, torch.Tensor] = {}
+def engines_for(checkpoint, tmp_path_factory):
+    """The engine of each rank."""
+    made: dict[tuple[str, int], list[Engine]] = {}
 
-    def make(attention: str) -> Engine:
-        if attention not in made:
-            compiled = compile_model(
-                choose_variant(read_config(checkpoint)), Options(device="host", dtype="float32", attention=attention)
-            )
+    def make(attention: str, world_size: int = 1) -> list[Engine]:
+        if (attention, world_size) not in made:
+            options = Options(device="host", dtype="float32", attention=attention, world_size=world_size)
             path = tmp_path_factory.mktemp(attention) / "out"
-            artifact.write(compiled, path)
+            artifact.write(compile_model(choose_variant(read_config(checkpoint)), options), path)
             found = artifact.read(path)
-            weights.update(weights or load_weights(found.manifest["weights"], checkpoint, progress=False))
-            caches = make_caches(found.manifest, {"N": 16} if attention == "paged" else {"B": 5, "S": 128})
-            executor = Executor(
-                found, hostatb, weights=weights, constants=make_constants(found.manifest, 256), caches=caches
+            made[attention, world_size] = [engine(found, rank) for rank in range(world_size)]
+        return made[attention, world_size]
+
+    weights: dict[tuple[int, int], dict[str, torch.Tensor]] = {}  # of a rank of a world size
+
+    def engine(found: artifact.Artifact, rank: int) -> Engine:
+        manifest = found.manifest
+        key = manifest["world_size"], rank
+        if key not in weights:
+            weights[key] = load_weights(
+                manifest["weights"], checkpoint, splits=manifest["splits"], rank=rank, progress=False
             )
-            made[attention] = Engine(
-                found.manifest, executor, load_tokenizer(checkpoint), caches=caches, max_batch=5, max_length=128
-            )
-        return made[attention]
+        caches = make_caches(manifest, {"N": 16} if manifest["attention"] == "paged" else {"B": 5, "S": 128})
+        executor = Executor(
+            found,
+            hostatb,
+            weights=weights[key],
+            constants=make_constants(manifest, 256),
+            caches=caches,
+            rank=rank,
+        )
+        return Engine(manifest, executor, load_tokenizer(checkpoint), caches=caches, max_batch=5, max_length=128)
 
     return make
 
@@ -78,13 +92,22 @@ def answers(outputs) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("attention", ["paged", "flash"])
-def test_greedy_text_of_a_batch_is_that_of_transformers(attention, engine_for, expected):
-    outputs = engine_for(attention).generate(PROMPTS, SamplingParams(max_tokens=TOKENS, top_k=1))
+def test_greedy_text_of_a_batch_is_that_of_transformers(attention, engines_for, expected):
+    (engine,) = engines_for(attention)
+    outputs = engine.generate(PROMPTS, SamplingParams(max_tokens=TOKENS, top_k=1))
     assert answers(outputs) == expected
     assert sum(len(ids) for ids in expected) > 3 * TOKENS  # the comparison is over real answers, not early ends
 
 
-def test_greedy_text_of_one_prompt_alone_is_that_of_the_batch(engine_for, expected):
-    engine = engine_for("paged")
+@pytest.mark.parametrize("attention", ["paged", "flash"])
+def test_three_ranks_give_the_greedy_text_of_one(attention, engines_for, expected):
+    """9 query and 3 kv heads: one kv head a rank."""
+    params = SamplingParams(max_tokens=TOKENS, top_k=1)
+    ranks = run_ranks([partial(engine.generate, PROMPTS, params) for engine in engines_for(attention, 3)])
+    assert [answers(outputs) for outputs in ranks] == [expected] * 3
+
+
+def test_greedy_text_of_one_prompt_alone_is_that_of_the_batch(engines_for, expected):
+    (engine,) = engines_for("paged")
     alone = [engine.generate([p], SamplingParams(max_tokens=TOKENS, top_k=1))[0] for p in PROMPTS]
     assert answers(alone) == expected
