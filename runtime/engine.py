@@ -64,6 +64,18 @@ class _Job:
     limit: int
 
 
+def check_prompt(index: int, ids: Sequence[int], *, vocab: int | None, max_length: int) -> None:
+    """Refuse ids that the embedding does not have, and a prompt that leaves no room for an answer."""
+    wrong = [t for t in ids if t < 0 or (vocab and t >= vocab)]
+    if wrong:
+        raise UserError(f"prompt {index} holds token id {wrong[0]}; the model knows 0 to {vocab - 1 if vocab else '?'}")
+    if len(ids) >= max_length:
+        raise UserError(
+            f"prompt {index} has {len(ids)} tokens, but a sequence can have {max_length} in all, the answer included",
+            hint="shorten it, or raise --max-position-embeddings or the cache",
+        )
+
+
 class Engine:
     """Owns the scheduler and the runner of one artifact. `tokenizer` may be None for prompts of token ids.
 
@@ -133,13 +145,8 @@ class Engine:
 
     def _add(self, index: int, prompt: str | Sequence[int], params: SamplingParams) -> None:
         ids = self._encode(index, prompt)
+        check_prompt(index, ids, vocab=self.manifest.get("sizes", {}).get("vocab"), max_length=self.max_length)
         request = Request(prompt_ids=ids, params=params, arrived=self.clock())
-        if len(ids) >= self.max_length:
-            raise UserError(
-                f"prompt {index} has {len(ids)} tokens, but a sequence can have {self.max_length} in all, "
-                "the answer included",
-                hint="shorten it, or raise --max-position-embeddings or the cache",
-            )
         self.scheduler.add(request)
         stream = None
         if self.tokenizer:
@@ -158,12 +165,6 @@ class Engine:
                 ids = [index_of(token) for token in prompt]
             except TypeError:
                 raise UserError(f"prompt {index} must be a text or token ids; found {str(prompt)[:60]}") from None
-        vocab = self.manifest.get("sizes", {}).get("vocab")
-        wrong = [t for t in ids if t < 0 or (vocab and t >= vocab)]
-        if wrong:
-            raise UserError(
-                f"prompt {index} holds token id {wrong[0]}; the model knows 0 to {vocab - 1 if vocab else '?'}"
-            )
         return ids
 
     def _step(self, callback: StreamCallback | None) -> None:

@@ -19,10 +19,12 @@ Torch is imported by the functions that need it: before that, this process is ti
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -152,6 +154,7 @@ class Team:
         # `llmc run` has read the flags and told about them before it started ranks
         self.says_what_is_asked = self.talks and LAUNCHER not in os.environ
         self.limit = start_limit(place)
+        self.arrived = threading.Event()
         self.store: Any = None
 
     def connect(self) -> None:
@@ -166,8 +169,20 @@ class Team:
         try:
             self.store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=self.limit)))
             self.store.set(f"llmc/connected/{self.place.rank}", "")
+            threading.Thread(target=self.watch, daemon=True).start()
         except (RuntimeError, ValueError) as error:
             raise Missing(f"the store of the ranks at {where} does not answer: {str(error).splitlines()[0]}") from None
+
+    def watch(self) -> None:
+        """Until this rank has its device, which may hang: end when another has failed, or the store is gone. An agent
+        ends the ranks of its own host; of the others it knows nothing."""
+        while not self.arrived.wait(0.5):
+            try:
+                failed = self.store.check(["llmc/spoken"])
+            except RuntimeError:
+                failed = True
+            if failed and not self.arrived.wait(LOST_SECONDS):
+                end(1)
 
     def meet(self) -> None:
         """All ranks have their device: wait for those that do not yet, then form the group."""
@@ -175,6 +190,7 @@ class Team:
             return
         import torch.distributed as dist
 
+        self.arrived.set()
         self.store.set(f"llmc/arrived/{self.place.rank}", "")
         signs, since = 0, time.monotonic()
         while missing := self._without("arrived"):
@@ -220,9 +236,11 @@ class Team:
         """Tell the error once among all ranks, and end with code 1. A rank that comes second waits to be ended."""
         lost = is_gone(error)
         if lost:
-            time.sleep(LOST_SECONDS)
-            if self._over():
-                end(0)
+            until = time.monotonic() + LOST_SECONDS
+            while time.monotonic() < until:
+                if self._over():
+                    end(0)
+                time.sleep(0.1)
         elif self.place.rank:
             time.sleep(FIRST_WORD_SECONDS)
         if not self._first_to_speak():
@@ -240,7 +258,7 @@ class Team:
         who = f"rank {self.place.rank}: "
         if isinstance(error, UserError):
             return UserError(who + error.message, hint=error.hint, code=error.code)
-        if not (isinstance(error, OSError) and error.filename):
+        if not (isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC)):
             traceback.print_exception(error)  # nothing that a user can mend: whoever reads it wants the place
         return UserError(who + message_of(error))
 
@@ -301,8 +319,8 @@ def end_siblings(ranks: Sequence[int]) -> None:
 
 
 def message_of(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):
+        return f"{error.filename or 'the output cannot be written'}: {error.strerror}"
     return f"{type(error).__name__}: {error}"
 
 

@@ -33,7 +33,7 @@ from llmc.compiler.hardware import device as device_profile
 from llmc.compiler.pipeline import Options, compile_model
 from llmc.runtime import npu
 from llmc.runtime.blocks import BLOCK_SIZE, blocks_for
-from llmc.runtime.engine import Engine, Output
+from llmc.runtime.engine import Engine, Output, check_prompt
 from llmc.runtime.executor import Executor
 from llmc.runtime.flags import DEFAULT_QUESTION, attention_of, check_run_flags, dtype_of, sampling_of, words_of
 from llmc.runtime.hostatb.numeric import free_memory
@@ -83,6 +83,10 @@ def prepare(args: argparse.Namespace, team: Team | None, cleanup: contextlib.Exi
     prompts = replicate(read_prompts(args), args.batch_size)
     ids = [encode(prompt, tokenizer, args) for prompt in prompts]
     artifact = _artifact(args, config, cleanup, team)
+    sizes = artifact.manifest["sizes"]
+    longest = min(sizes["max_positions"], args.max_position_embeddings or sizes["max_positions"])
+    for index, prompt in enumerate(ids):
+        check_prompt(index, prompt, vocab=sizes["vocab"], max_length=longest)
     return Asked(params=params, tokenizer=tokenizer, prompts=prompts, ids=ids, artifact=artifact)
 
 

@@ -28,3 +28,5 @@ def test_a_wheel_works_without_the_checkout(tmp_path):
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "out" / "prefill.py").exists()
+    result = subprocess.run([sys.executable, "-m", "llmc.run", "--help"], cwd=tmp_path, env=env, capture_output=True)
+    assert b"--model-path" in result.stdout, result.stderr

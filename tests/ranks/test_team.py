@@ -115,7 +115,9 @@ def told(monkeypatch):
         return said, ended.value.args[0]
 
     monkeypatch.setattr(ranks, "end", end)
-    monkeypatch.setattr(ranks.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(ranks, "LOST_SECONDS", 0.2)
+    monkeypatch.setattr(ranks, "FIRST_WORD_SECONDS", 0.0)
+    monkeypatch.setattr(ranks, "SILENT_SECONDS", 0.0)
     return go
 
 
@@ -153,6 +155,20 @@ def test_a_lost_rank_is_told_when_nobody_else_tells(told):
     said, code = told(Team(place(1)), Gone("Connection closed by peer"))
     assert code == 1
     assert said == ["rank 1: another rank does not answer any more (Connection closed by peer)"]
+
+
+def test_a_rank_whose_device_hangs_ends_when_another_has_failed(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(ranks, "LOST_SECONDS", 0.1)
+    monkeypatch.setattr(ranks, "end", lambda code: ended.set() or team.arrived.set())
+    team = Team(place(1))
+    team.store = dist.HashStore()
+    thread = threading.Thread(target=team.watch)
+    thread.start()
+    assert not ended.wait(0.8)
+    team.store.add("llmc/spoken", 1)
+    assert ended.wait(5)
+    thread.join()
 
 
 def test_ranks_take_the_tokens_of_rank_0(monkeypatch):
@@ -205,6 +221,8 @@ def test_starting_ranks_leaves_the_environment_as_it_was(monkeypatch):
         (["--tp", "9"], "world size 9"),
         (["--input-file", "nowhere"], "--input-file nowhere cannot be read"),
         (["--device", "gpu"], "gpu"),
+        (["--input-ids", "1", "99"], "prompt 1 holds token id 99; the model knows 0 to 63"),
+        (["--input-text", "w1 w2", "--max-position-embeddings", "2"], "a sequence can have 2 in all"),
     ],
 )
 def test_what_every_rank_would_refuse_is_refused_before_one_starts(model, monkeypatch, capsys, words, message):
