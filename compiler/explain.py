@@ -155,18 +155,11 @@ def rule(function: Callable) -> dict[str, str]:
 
 def _phase(compiled: Compiled, phase: str, node: Node) -> dict[str, Any]:
     """What became of the node in one phase: the fusions that took it, and the ATB operations that compute it."""
-    current, taken = node.name, []
-    stages = _stages(compiled, phase)
-    for (_, _, before), (name, reason, after) in pairwise(stages):
-        if current in before.by_name and current not in after.by_name:
-            into = _successor(before, after, current)
-            taken.append({"pass": name, "reason": reason, "into": into})
-            if not into:
-                return {"fused": taken, "node": None, "operations": []}
-            current = into
-        elif current in before.by_name and before.by_name[current].op != after.by_name[current].op:
-            taken.append({"pass": name, "reason": reason, "into": current})
-    final = stages[-1][2]
+    steps = stages(compiled, phase)
+    taken, current = became(steps, node.name)
+    if not current:
+        return {"fused": taken, "node": None, "operations": []}
+    final = steps[-1][2]
     mine = [n.name for n in compiled.lowered[phase].nodes if (o := owner(final, n.name)) and o.name == current]
     return {
         "fused": taken,
@@ -176,19 +169,35 @@ def _phase(compiled: Compiled, phase: str, node: Node) -> dict[str, Any]:
     }
 
 
-def _stages(compiled: Compiled, phase: str) -> Stages:
+def became(steps: Stages, name: str) -> tuple[list[dict[str, str]], str]:
+    """The fusions that took a node of the first graph, and the node of the last that stands in its place ("": none)."""
+    taken: list[dict[str, str]] = []
+    current = name
+    for (_, _, before), (step, reason, after) in pairwise(steps):
+        if current in before.by_name and current not in after.by_name:
+            into = _successor(before, after, current)
+            taken.append({"pass": step, "reason": reason, "into": into})
+            if not into:
+                return taken, ""
+            current = into
+        elif current in before.by_name and before.by_name[current].op != after.by_name[current].op:
+            taken.append({"pass": step, "reason": reason, "into": current})
+    return taken, current
+
+
+def stages(compiled: Compiled, phase: str) -> Stages:
     """The phase's graph as the model's, after the split, and after each fusion."""
     options, graph = compiled.options, compiled.graph
-    stages: Stages = [("model", "", graph)]
+    found: Stages = [("model", "", graph)]
     graph = split_phase(graph, phase)
-    stages.append(("phase", rule(split_phase)["says"], graph))
+    found.append(("phase", rule(split_phase)["says"], graph))
     for step in PHASE_PASSES:
         if step.name == "lower":
             break
         if step.when(step.name, graph, options):
             graph = step.run(graph, options)
-            stages.append((step.name, step.reason, graph))
-    return stages
+            found.append((step.name, step.reason, graph))
+    return found
 
 
 def _successor(before: Graph, after: Graph, name: str) -> str:
