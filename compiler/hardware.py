@@ -5,6 +5,7 @@ device("atlas-800i-a2").chip       # "Ascend910B", the column of the ATB table
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,34 @@ from llmc.compiler.source import LOADER
 
 DTYPES = ("float16", "bfloat16", "float32")  # of weights and activations
 ATTENTION = ("paged", "flash")
+UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+         "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}  # fmt: skip
+SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([a-z]+)")
+
+
+def parse_size(text: str) -> int:
+    """Bytes: "32GiB" is 32 * 2**30, "29GB" 29 * 10**9, "30000MiB"; UserError for anything else, a bare number too."""
+    match = SIZE.fullmatch(text.strip().lower())
+    if not match or match[2] not in UNITS:
+        raise UserError(f"{text!r} is not a size", hint="a number and a unit: 32GiB, 29GB, 30000MiB", code="E401")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Board:
+    """What one rank has of a product: bytes of memory, and at best FLOP/s of 16-bit products and bytes/s of memory."""
+
+    memory: int
+    flops: float
+    bandwidth: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """Bytes/s that a rank can send: to each other rank at the same time (`each_peer`), or to all of them together."""
+
+    bandwidth: float
+    each_peer: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +60,11 @@ class Device:
     fusions: Mapping[str, tuple[str, ...]]  # phase -> fusions that are on by default
     backends: Mapping[str, str]  # of collectives, the default first -> that of the fused LinearParallel, "" if none
     causal_mask: Mapping[str, float]  # dtype -> value above the diagonal of the NORM_COMPRESS mask
+    boards: tuple[Board, ...]  # the default first; none where nothing is known
+    reserve: int  # bytes of a board's memory that are not for weights, cache and activations
+    ceiling: int | None  # bytes that a rank uses at most where nobody says how much memory there is
+    ranks_per_card: int
+    link: Link | None
     environment: Mapping[str, Mapping[str, str]]  # "common" and attention mode -> variables
 
 
@@ -56,5 +90,10 @@ def device(name: str) -> Device:
         fusions={phase: tuple(names) for phase, names in data["fusions"].items()},
         backends=data["backends"],
         causal_mask=data["causal_mask"],
+        boards=tuple(Board(**{**board, "memory": parse_size(board["memory"])}) for board in data["boards"]),
+        reserve=parse_size(data["reserve"]),
+        ceiling=parse_size(data["ceiling"]) if data["ceiling"] else None,
+        ranks_per_card=data["ranks_per_card"],
+        link=Link(**data["link"]) if data["link"] else None,
         environment=data["environment"],
     )
