@@ -124,11 +124,11 @@ def running(pid: int) -> bool:
 
 def outcome(ended: Mapping[int, int]) -> int:
     """The exit code, or what to say of a rank that could not say it itself."""
+    if {130, -signal.SIGINT} & set(ended.values()):
+        raise KeyboardInterrupt
     for rank, code in ended.items():
         if code < 0:
             raise killed(rank, -code)
-    if 130 in ended.values():
-        raise KeyboardInterrupt
     rank, code = next(iter(ended.items()), (0, 1))
     if code not in SAID:
         raise UserError(f"rank {rank} ended with code {code} and gave no reason")

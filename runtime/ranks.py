@@ -117,7 +117,7 @@ def join(place: Place, work: Callable[[Team], int], report: Callable[[UserError]
         team.leave()
         return code
     except KeyboardInterrupt:
-        if place.rank:
+        if place.rank or LAUNCHER in os.environ:
             end(130)
         raise
     except BrokenPipeError:  # `torchrun ... | head`: nobody reads on, and that is no error

@@ -305,7 +305,7 @@ def _artifact(
     check_config(load_model(graph), config, config_path)
     stored = config.get("dtype") or config.get("torch_dtype")
     device = args.device or default_device(args.torch_device)
-    ask = on_npu(device) and world_size != 1
+    ask = on_npu(device) and world_size != 1 and len(device_profile(device).backends) > 1
     options = Options(
         device=device,
         dtype=dtype_of(args) or stored,
