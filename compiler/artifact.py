@@ -108,7 +108,7 @@ def make_manifest(compiled: Compiled) -> dict[str, Any]:
             name: {"size": split.size, "local": split.local, "ranks": [list(run) for run in split.runs]}
             for split, name in splits.items()
         },
-        "memory": memory_plan(graph.weights, compiled.lowered),
+        "memory": memory_plan(compiled),
         "phases": {phase: _phase(compiled, phase) for phase in compiled.segments},
     }
 

@@ -139,6 +139,17 @@ def explain_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("node", help="a node, or a value, weight or cache of it: layers.0.attn.o")
 
 
+def plan_flags(p: argparse.ArgumentParser) -> None:
+    graph_flags(p)
+    p.add_argument("--memory", help="of one rank, as 32GiB or 29GB (default: the device's first board)")
+    p.add_argument("--reserve", help="of that memory, for what is not counted (default: the device's)")
+    p.add_argument("--batch", type=int, default=1, help="sequences at a time (default 1)")
+    p.add_argument("--prompt", type=int, help="tokens of a prompt (default 1024, or what the model's positions allow)")
+    p.add_argument("--output", type=int, help="tokens of an answer (likewise)")
+    p.add_argument("--prefill-tokens", type=int, help="most prompt tokens in one step (default: as in `llmc run`)")
+    p.epilog = "Every world size is planned, also those that the model does not offer; --tp N plans that one alone."
+
+
 def init_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model-path", "--model_path", type=Path, required=True)
     p.add_argument("--name", help="name of the variant (default: the directory's name)")
@@ -282,6 +293,17 @@ def explain_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def plan_command(args: argparse.Namespace) -> int:
+    from llmc.compiler.hardware import parse_size
+    from llmc.compiler.plan import Workload, plan, show_plan
+
+    memory, reserve = (text and parse_size(text) for text in (args.memory, args.reserve))
+    work = Workload(batch=args.batch, prompt=args.prompt, output=args.output, prefill_tokens=args.prefill_tokens)
+    facts = plan(args.graph, _options(args), work, memory=memory, reserve=reserve)
+    print(json.dumps({"ok": True, **facts}, indent=1) if args.json else show_plan(facts))
+    return 0
+
+
 def init_command(args: argparse.Namespace) -> int:
     from llmc.compiler.checkpoint import read_config, variant_from_config
 
@@ -351,6 +373,7 @@ COMMANDS: dict[str, tuple[Callable, Callable[[argparse.ArgumentParser], None], s
     "show": (show_command, graph_flags, "sizes, types, ATB operations and segments of a model"),
     "diff": (diff_command, diff_flags, "what differs between two models, two world sizes or two artifacts"),
     "explain": (explain_command, explain_flags, "type, sharding, neighbours, ATB calls and rules of one node"),
+    "plan": (plan_command, plan_flags, "bytes, traffic, FLOPs and times of one rank, for every world size"),
     "init": (init_command, init_flags, "print the YAML of a new variant from a checkpoint's config.json"),
     "ops": (ops_command, ops_flags, "list the operators of the language, or explain one"),
     "schema": (schema_command, lambda p: None, "print the JSON Schema of model files, for editors"),

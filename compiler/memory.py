@@ -1,53 +1,185 @@
-"""The memory plan of one rank, read off the lowered graphs: weights, cache, and activations by liveness.
+"""What one rank holds in memory, read off its graphs: weights, cache, constants, and what a step needs beside them.
 
-memory_plan(weights, lowered)["weight_bytes"]
+    plan = memory_plan(compiled)            # numbers and forms, which the manifest keeps
+    needed(plan, tokens=4096, batch=8, context=2048, positions=4096)["total"]         # bytes
+
+A form is bytes by the symbols of the shapes: {"": 512, "T": 16384, "B*M": 4} is 512 + 16384 T + 4 B M.
+
+Where the bytes of a step lie (atb-operations.md 1.5, 2.1; torch_atb and libatb were read, not run):
+
+- a segment's outputs are tensors of their own, from the segment that makes them to the last that reads them; so are
+  the inputs of the step, for as long as it runs;
+- everything between the nodes of a segment lies in one workspace, which libatb plans by lifetimes: a name has its place
+  from the first node that writes it to the last that uses it. Layers of a segment share names, so most names live as
+  long as the segment. The workspace stays allocated at the largest size that any segment of either phase asked for;
+- on 310P matmul and attention kernels work on NZ copies of their inputs and outputs, in the workspace too.
+
+Not counted: the scratch of 910B kernels, communication buffers, code, fragmentation. `reserve` in graphs/hardware
+stands for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmc.compiler.atb.core import DTYPE_BYTES
-from llmc.compiler.ir import AtbGraph, Shape, Weight
+from llmc.compiler.ir import AtbGraph, AtbNode, AtbTensor, Shape
 from llmc.compiler.ops.attention import BLOCK_SIZE
 
+if TYPE_CHECKING:
+    from llmc.compiler.passes.segment import Segment
+    from llmc.compiler.pipeline import Compiled
 
-def memory_plan(weights: Mapping[str, Weight], lowered: Mapping[str, AtbGraph]) -> dict[str, Any]:
-    """Bytes: all weights (a tied one once); the cache of one position of one sequence; per phase the largest sum of
-    intermediates that live at one time, for each token of the step (logits and workspaces of kernels not counted)."""
-    unique = {(tuple((s.tensor, s.rows) for s in w.sources), w.type): w.type for w in weights.values()}
+Form = Mapping[str, int]
+
+WORKSPACE_AT_LEAST = 100 << 20  # torch_atb's buffer before it grows (2.1)
+NZ_INSIDE = ("Linear", "SelfAttention", "PagedAttention")  # kernels that convert on 310P (1.7)
+NZ_BLOCK = 16  # rows and columns of a block of 16-bit numbers
+
+
+def memory_plan(compiled: Compiled) -> dict[str, Any]:
+    """Numbers and forms of one rank, as plain data."""
+    tensors = {name: t for low in compiled.lowered.values() for name, t in low.tensors.items()}
+    cache = total(form_of(t.dtype, t.shape) for t in tensors.values() if t.role == "cache")
+    steps = {phase: step_forms(parts) for phase, parts in compiled.segments.items()}
+    token = {"prefill": "T", "decode": "B"}
     return {
-        "weight_bytes": sum(known_bytes(t.dtype, t.local) for t in unique.values()),
-        "cache_bytes_per_token": cache_bytes_per_token(next(iter(lowered.values()))),
-        "activation_bytes_per_token": {phase: peak_bytes_per_token(graph) for phase, graph in lowered.items()},
+        "weight_bytes": weight_bytes(compiled, tensors),
+        "cache": cache,
+        "cache_bytes_per_token": cache["N"] // BLOCK_SIZE if "N" in cache else cache["B*S"],
+        "constants": total(form_of(t.dtype, t.shape) for t in tensors.values() if t.role == "constant"),
+        "steps": steps,
+        "activation_bytes_per_token": {
+            phase: sum(max(form.get(token[phase], 0) for form in forms) for forms in step.values())
+            for phase, step in steps.items()
+        },
+        "workspace_at_least": 0 if compiled.device.chip == "host" else WORKSPACE_AT_LEAST,
     }
 
 
-def cache_bytes_per_token(graph: AtbGraph) -> int:
-    """Paged caches have N blocks, contiguous ones a place for each position."""
-    caches = [t for t in graph.tensors.values() if t.role == "cache"]
-    block = BLOCK_SIZE if any(t.shape[0] == "N" for t in caches) else 1
-    return sum(known_bytes(t.dtype, t.shape) for t in caches) // block
+def needed(
+    plan: Mapping[str, Any], *, tokens: int, batch: int, context: int, positions: int, blocks: int | None = None
+) -> dict[str, int]:
+    """Bytes of one rank that reads at most `tokens` in one prefill step and has `batch` sequences of up to `context`
+    tokens, answers included. `positions`: rows of the rope tables; `blocks` of the paged cache: else enough for all."""
+    width = -(-context // BLOCK_SIZE)
+    symbols = {"T": tokens, "B": batch, "M": width, "P": positions, "S": context}
+    symbols["N"] = batch * width if blocks is None else blocks
+    steps = plan["steps"].values()
+    found = {
+        "weights": plan["weight_bytes"],
+        "cache": evaluate(plan["cache"], symbols),
+        "constants": evaluate(plan["constants"], symbols),
+        "step_tensors": max(evaluate(form, symbols) for step in steps for form in step["tensors"]),
+        "workspace": max(
+            plan["workspace_at_least"], *(evaluate(form, symbols) for step in steps for form in step["workspace"])
+        ),
+    }
+    return {**found, "total": sum(found.values())}
 
 
-def peak_bytes_per_token(graph: AtbGraph) -> int:
-    """A value lives from the node that makes it to the last that reads it; only those with a row a token count."""
-    tokens = "T" if graph.phase == "prefill" else "B"
+def weight_bytes(compiled: Compiled, tensors: Mapping[str, AtbTensor]) -> int:
+    """All weights of a rank; tied ones once, where they are the same on the device too."""
+    unique = {
+        (tuple((s.tensor, s.rows) for s in w.sources), w.type, tensors[name].format): tensors[name]
+        for name, w in compiled.graph.weights.items()
+    }
+    return sum(DTYPE_BYTES[t.dtype] * prod(_stored(t)) for t in unique.values())
+
+
+def _stored(t: AtbTensor) -> list[int]:
+    """The numbers that a weight has in memory: an NZ matrix has whole blocks."""
+    dims = [dim for dim in t.shape if isinstance(dim, int)]
+    return [_whole(dim) for dim in dims] if t.format == "nz" else dims
+
+
+def _whole(dim: int) -> int:
+    return -(-dim // NZ_BLOCK) * NZ_BLOCK
+
+
+# ---- a step
+
+
+def step_forms(segments: Sequence[Segment]) -> dict[str, list[Form]]:
+    """Forms of which the largest counts: of the step's own tensors (inputs, what segments hand over, outputs), one for
+    each segment that runs; and of the workspace, one for each node."""
+    inputs: dict[str, Form] = {}
+    for part in segments:
+        for name, local in zip(part.inputs, part.graph.inputs, strict=True):
+            t = part.graph.tensors[local]
+            if t.role == "input" and not t.host:
+                inputs[name] = form_of(t.dtype, t.shape)
+    last = {name: k for k, part in enumerate(segments) for name in (*part.outputs, *part.inputs)}
+    tensors: list[Form] = []
+    alive: dict[str, Form] = {}
+    for k, part in enumerate(segments):
+        for name, local in zip(part.outputs, part.graph.outputs, strict=True):
+            t = part.graph.tensors[local]
+            alive[name] = form_of(t.dtype, t.shape)
+        tensors.append(total([*inputs.values(), *alive.values()]))
+        alive = {name: form for name, form in alive.items() if last[name] > k}
+    return {"tensors": largest(tensors), "workspace": largest(f for part in segments for f in workspace(part.graph))}
+
+
+def workspace(graph: AtbGraph) -> Iterator[Form]:
+    """At each node, the bytes of the names that have a place in the graph's workspace."""
+    internal = set(graph.internals)
     last = {name: i for i, node in enumerate(graph.nodes) for name in (*node.outs, *node.ins)}
-    live: dict[str, int] = {}
-    peak = 0
+    live: dict[str, Form] = {}
     for i, node in enumerate(graph.nodes):
-        for out in node.outs:
-            t = graph.tensors[out]
-            if t.role == "internal" and t.shape[0] == tokens and out not in graph.outputs:
-                live[out] = known_bytes(t.dtype, t.shape)
-        peak = max(peak, sum(live.values()))
-        live = {name: size for name, size in live.items() if last[name] > i}
-    return peak
+        for name in internal.intersection(node.outs):
+            live[name] = form_of(graph.tensors[name].dtype, graph.tensors[name].shape)
+        yield total([*live.values(), *nz_copies(graph, node)])
+        for name in internal.intersection((*node.outs, *node.ins)):
+            if last[name] == i:
+                live.pop(name, None)
+
+
+def nz_copies(graph: AtbGraph, node: AtbNode) -> Iterator[Form]:
+    """NZ copies that a kernel makes of its ND inputs and outputs; at most: it frees some before it makes others."""
+    if node.op not in NZ_INSIDE or all(graph.tensors[name].format == "nd" for name in node.ins):
+        return
+    for name in dict.fromkeys((*node.ins, *node.outs)):
+        t = graph.tensors[name]
+        if t.format == "nd" and t.role == "internal" and t.dtype == "float16" and len(t.shape) > 1:
+            rows, columns = t.shape[0], prod(dim for dim in t.shape[1:] if isinstance(dim, int))
+            yield form_of(t.dtype, (rows, _whole(columns)))
+            yield form_of(t.dtype, (NZ_BLOCK - 1, _whole(columns)))  # rows are filled up to whole blocks
+
+
+# ---- forms
+
+
+def form_of(dtype: str, shape: Shape) -> Form:
+    """float16 [T, 5120]  ->  {"T": 10240}"""
+    symbols = "*".join(sorted(dim for dim in shape if isinstance(dim, str)))
+    return {symbols: known_bytes(dtype, shape)}
 
 
 def known_bytes(dtype: str, shape: Shape) -> int:
     """Bytes of the dimensions that are numbers."""
     return DTYPE_BYTES[dtype] * prod(dim for dim in shape if isinstance(dim, int))
+
+
+def total(forms: Iterable[Form]) -> dict[str, int]:
+    added: dict[str, int] = {}
+    for form in forms:
+        for symbols, size in form.items():
+            added[symbols] = added.get(symbols, 0) + size
+    return dict(sorted(added.items()))
+
+
+def largest(forms: Iterable[Form]) -> list[Form]:
+    """Without those that another one exceeds whatever the symbols are."""
+    unique = list({tuple(form.items()): form for form in forms}.values())
+    return [a for a in unique if not any(a is not b and exceeds(b, a) for b in unique)]
+
+
+def exceeds(a: Form, b: Form) -> bool:
+    return all(a.get(symbols, 0) >= size for symbols, size in b.items())
+
+
+def evaluate(form: Form, symbols: Mapping[str, int]) -> int:
+    return sum(size * prod(symbols[s] for s in key.split("*") if s) for key, size in form.items())

@@ -84,7 +84,7 @@ def summary(compiled: Compiled) -> dict[str, Any]:
         "operators": len(compiled.graph.nodes),
         "operations": {phase: len(low.nodes) for phase, low in compiled.lowered.items()},
         "segments": {phase: [part.counts for part in parts] for phase, parts in compiled.segments.items()},
-        **memory_plan(compiled.graph.weights, compiled.lowered),
+        **{key: size for key, size in memory_plan(compiled).items() if "bytes" in key},
     }
 
 

@@ -120,13 +120,16 @@ def test_an_artifact_and_the_model_it_was_compiled_from_do_not_differ(options, t
 
 
 def test_two_artifacts_are_compared(small, tmp_path, capsys):
+    """Cut otherwise, the segments hand over other tensors, and have other workspaces."""
     path = small("small")
     for name, options in (("one", []), ("two", ["--layers-per-segment", "2"])):
         assert main(["compile", str(path), "-o", str(tmp_path / name), *options]) == 0
     capsys.readouterr()
     changes = diff(capsys, tmp_path / "one", tmp_path / "two")
     assert {(c["section"], c["name"]) for c in changes} == {
-        ("settings", f"{p}.segments") for p in ("prefill", "decode")
+        entry
+        for phase in ("prefill", "decode")
+        for entry in (("settings", f"{phase}.segments"), ("bytes", f"activations of a token in {phase}"))
     }
 
 

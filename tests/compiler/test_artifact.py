@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from llmc.compiler import artifact
 from llmc.compiler.diagnostics import UserError
+from llmc.compiler.memory import evaluate, largest
 from llmc.compiler.pipeline import Options, compile_model
 
 
@@ -190,9 +191,21 @@ def test_a_damaged_artifact_is_refused_with_its_path_and_the_reason(written, dam
 
 
 def test_the_memory_plan_counts_the_activations_that_live_together(written):
-    """At the widest point of SmolLM2's layer, the gate_up product (2 x 1536) and its source or gated half, beside the
-    residual (576) and the rope rows (2 x 64), float32."""
-    plan = artifact.read(written).manifest["memory"]["activation_bytes_per_token"]
-    residual, tables, packed, normed, gated = 576, 2 * 64, 2 * 1536, 576, 1536
-    widest = residual + tables + packed + max(normed, gated)
-    assert plan == {"prefill": 4 * widest, "decode": 4 * widest}
+    """SmolLM2 in float32. Layers of a segment share names, so each name keeps its place: the workspace holds all values
+    of one layer. Beside it lie the segment's outputs: x and what is added to it (576 each), the rope rows (2 x 64); and
+    the inputs of the step."""
+    memory = artifact.read(written).manifest["memory"]
+    hidden, queries, keys, ffn = 576, 576, 192, 1536
+    norms, adds = 4 * hidden, 2 * hidden  # y and sum of both norms; attn.o and mlp.down
+    attention = (queries + 2 * keys) + (queries + 2 * keys) + (queries + keys) + queries  # packed, split, rope, core
+    layer = 4 * (norms + adds + attention + 3 * ffn)
+    handed_over, inputs = 4 * (2 * hidden + 2 * 64), 8 + 8 + 4  # token and position ids, slots
+    assert memory["steps"]["prefill"]["workspace"][0] == {"T": layer}
+    assert memory["activation_bytes_per_token"]["prefill"] == layer + handed_over + inputs
+    assert {"B": layer} in memory["steps"]["decode"]["workspace"]
+
+
+def test_forms_that_another_one_exceeds_are_left_out():
+    forms = [{"T": 4, "B": 2}, {"T": 4}, {"B": 3}, {"T": 4, "B": 2}, {"": 1}]
+    assert largest(forms) == [{"T": 4, "B": 2}, {"B": 3}, {"": 1}]
+    assert evaluate({"": 5, "T": 2, "B*M": 3}, {"T": 10, "B": 2, "M": 4}) == 5 + 20 + 24

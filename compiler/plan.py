@@ -1,0 +1,473 @@
+"""How a model fits on a device: bytes, traffic, FLOPs and best-case times of one rank, for every world size.
+
+    facts = plan("llama2-70b", Options(device="atlas-800i-a2"), Workload(batch=8), memory=parse_size("64GiB"))
+    facts["sizes"][-1]["largest_batch"]
+    print(show_plan(facts))
+
+Everything is read off the compiled graphs of one rank, so padding of uneven sizes and copies of kv heads are in the
+numbers. Times are a roofline: no operation is faster than its FLOPs, its bytes of memory and its bytes on the wire
+allow, and operations follow one another. What they rest on is in `assumptions`; the rates are in graphs/hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from typing import Any
+
+from llmc.compiler.atb.collective import DEVICE_COUNT
+from llmc.compiler.atb.core import DTYPE_BYTES
+from llmc.compiler.build import load_model
+from llmc.compiler.diagnostics import DiagnosticError, UserError
+from llmc.compiler.hardware import Board, Device, Link, device
+from llmc.compiler.ir import AtbGraph, AtbNode, evaluate
+from llmc.compiler.memory import form_of, memory_plan, needed
+from llmc.compiler.ops.attention import BLOCK_SIZE
+from llmc.compiler.passes.segment import LAYER
+from llmc.compiler.pipeline import Compiled, Options, check_support, compile_model
+
+PREFILL_TOKENS = 4096  # of one prefill step, as `llmc run` has it
+MOST_SEQUENCES = 1 << 16  # where the search for the largest batch ends
+COLLECTIVES = ("AllReduce", "AllGather", "LinearParallel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """`batch` sequences, each a prompt and an answer. None: 1024 tokens, less where the model has fewer positions.
+    `prefill_tokens`: most prompt tokens in one step (a longer prompt is a step of its own)."""
+
+    batch: int = 1
+    prompt: int | None = None
+    output: int | None = None
+    prefill_tokens: int | None = None
+
+    @property
+    def context(self) -> int:
+        return (self.prompt or 0) + (self.output or 0)
+
+    @property
+    def prompts_a_step(self) -> int:
+        return min(self.batch, max(1, (self.prefill_tokens or 1) // (self.prompt or 1)))
+
+
+def plan(
+    graph: str,
+    options: Options,
+    workload: Workload | None = None,
+    *,
+    memory: int | None = None,
+    reserve: int | None = None,
+) -> dict[str, Any]:
+    """Facts of every world size at which the model compiles (of `options.world_size` alone where it is given), as plain
+    data in bytes, seconds and counts. `memory` of one rank: default the device's first board; `reserve`: of it."""
+    model = load_model(graph)
+    target = device(options.device)
+    work = decide(workload or Workload(), int(model.graph.sizes["max_positions"]))
+    budget = budget_of(target, memory, reserve)
+    board = nearest_board(target, memory)
+    rows: list[dict[str, Any]] = []
+    refused: list[dict[str, Any]] = []
+    compiled: Compiled | None = None
+    first: DiagnosticError | None = None
+    for size in range(1, DEVICE_COUNT + 1) if options.world_size is None else [options.world_size]:
+        try:
+            compiled = compile_model(graph, replace(options, world_size=size, allow_unsupported=True))
+        except DiagnosticError as error:
+            first = first or error
+            refused.append({"world_size": size, "reason": error.diagnostics[0].message})
+            continue
+        rows.append(size_facts(compiled, work, budget["usable_bytes"], board, target.link))
+    if compiled is None:
+        assert first is not None
+        raise first
+    return {
+        "model": model.graph.name,
+        "device": target.name,
+        "dtype": compiled.dtype,
+        "attention": options.attention,
+        "memory": budget,
+        "workload": {
+            **asdict(work),
+            "context": work.context,
+            "prefill_step_tokens": work.prompts_a_step * (work.prompt or 0),
+        },
+        "rates": {
+            "flops_per_second": board and board.flops,
+            "memory_bytes_per_second": board and board.bandwidth,
+            "link_bytes_per_second": target.link and target.link.bandwidth,
+            "link_to_each_rank": target.link and target.link.each_peer,
+        },
+        "assumptions": list(assumptions(board, target.link, options.attention)),
+        "sizes": rows,
+        "refused": refused,
+    }
+
+
+def decide(work: Workload, max_positions: int) -> Workload:
+    """The workload with every number; UserError for what the model or arithmetic does not allow."""
+    for name, value in asdict(work).items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected a whole number of at least 1")
+    output = work.output
+    prompt = work.prompt or max(1, min(1024, max_positions - (output or max_positions // 2)))
+    output = output or max(1, min(1024, max_positions - prompt))
+    if prompt + output > max_positions:
+        raise UserError(
+            f"a prompt of {prompt} tokens and an answer of {output} are {prompt + output} positions; "
+            f"the model has {max_positions}",
+            hint="a smaller --prompt or --output",
+        )
+    tokens = work.prefill_tokens or max(PREFILL_TOKENS, prompt + output)
+    return replace(work, prompt=prompt, output=output, prefill_tokens=tokens)
+
+
+def budget_of(target: Device, memory: int | None, reserve: int | None) -> dict[str, int | None]:
+    """Bytes that a rank may use. Nobody says how much memory there is, and the device does not know: None."""
+    kept = target.reserve if reserve is None else reserve
+    there = memory if memory is not None else target.boards[0].memory if target.boards else None
+    if there is None:
+        return {"memory_bytes": None, "reserve_bytes": kept, "usable_bytes": None}
+    usable = there - kept
+    if memory is None and reserve is None and target.ceiling is not None:
+        usable = min(usable, target.ceiling)
+    if usable <= 0:
+        raise UserError(
+            f"of {gib(there)} of memory {gib(kept)} are reserved: nothing is left", hint="--memory, --reserve"
+        )
+    return {"memory_bytes": there, "reserve_bytes": there - usable, "usable_bytes": usable}
+
+
+def nearest_board(target: Device, memory: int | None) -> Board | None:
+    """The board whose rates are meant by a size of memory."""
+    if memory is None:
+        return target.boards[0] if target.boards else None
+    return min(target.boards, key=lambda board: abs(board.memory - memory), default=None)
+
+
+def size_facts(
+    compiled: Compiled, work: Workload, usable: int | None, board: Board | None, link: Link | None
+) -> dict[str, Any]:
+    """One row: the rank's memory, what fits, and what the steps cost."""
+    memory = memory_plan(compiled)
+    size, positions = compiled.options.world_size or 1, int(compiled.graph.sizes["max_positions"])
+
+    def bytes_for(one: Workload) -> int:
+        return memory_needed(memory, one, positions)["total"]
+
+    parts = memory_needed(memory, work, positions)
+    return {
+        "world_size": size,
+        "offered": is_offered(compiled),
+        "cards": size / compiled.device.ranks_per_card,
+        "backend": compiled.options.backend,
+        "weight_bytes": memory["weight_bytes"],
+        "cache_bytes_per_token": memory["cache_bytes_per_token"],
+        "needed_bytes": parts,
+        "activation_bytes_per_token": memory["activation_bytes_per_token"],
+        "fits": None if usable is None else parts["total"] <= usable,
+        **(largest(bytes_for, work, usable, positions) if usable is not None else {}),
+        "prefill": prefill_facts(compiled, work, board, link),
+        "decode": decode_facts(compiled, work, board, link),
+    }
+
+
+def is_offered(compiled: Compiled) -> bool:
+    try:
+        check_support(compiled.model, compiled.options, compiled.dtype)
+    except UserError:
+        return False
+    return True
+
+
+def memory_needed(memory: Mapping[str, Any], work: Workload, positions: int) -> dict[str, int]:
+    tokens = work.prompts_a_step * (work.prompt or 0)
+    return needed(memory, tokens=tokens, batch=work.batch, context=work.context, positions=positions)
+
+
+def largest(bytes_for: Callable[[Workload], int], work: Workload, usable: int, positions: int) -> dict[str, int]:
+    """The largest batch at this context, the longest context at this batch (0: not even one, not even the prompt)."""
+
+    def fits(**changes: int) -> bool:
+        return bytes_for(replace(work, **changes)) <= usable
+
+    prompt = work.prompt or 0
+    return {
+        "largest_batch": last_true(lambda batch: fits(batch=batch), 1, MOST_SEQUENCES),
+        "largest_context": last_true(lambda context: fits(output=context - prompt), prompt + 1, positions),
+    }
+
+
+def last_true(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest number of low..high for which it holds, as it does for all smaller ones; 0 if for none."""
+    if not holds(low):
+        return 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+# ---- what steps cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of one operation on one rank: FLOPs of products, bytes of memory read and written, bytes sent to other ranks."""
+
+    flops: int = 0
+    memory: int = 0
+    wire: int = 0
+
+
+def prefill_facts(compiled: Compiled, work: Workload, board: Board | None, link: Link | None) -> dict[str, Any]:
+    """All prompts of the batch, in as many steps as they need."""
+    prompt, each = work.prompt or 0, work.prompts_a_step
+    full, rest = divmod(work.batch, each)
+    steps = [(full, each), *([(1, rest)] if rest else [])]
+    found = [(n, step_facts(compiled, "prefill", count, prompt, board, link)) for n, count in steps]
+    facts = added(found)
+    return {"steps": sum(n for n, _ in found), **facts, **per_token(facts, work.batch * prompt)}
+
+
+def decode_facts(compiled: Compiled, work: Workload, board: Board | None, link: Link | None) -> dict[str, Any]:
+    """One step of the whole batch, when every sequence has its last token to read: the slowest."""
+    facts = step_facts(compiled, "decode", work.batch, work.context, board, link)
+    rate = work.batch / facts["seconds"] if facts["seconds"] else None
+    return {**facts, **per_token(facts, work.batch), "tokens_per_second": rate}
+
+
+def per_token(facts: Mapping[str, Any], tokens: int) -> dict[str, float]:
+    return {
+        "wire_bytes_per_token": facts["wire_bytes"] / tokens,
+        "wire_bytes_per_token_and_layer": facts["wire_bytes_per_layer"] / tokens,
+    }
+
+
+def added(steps: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
+    """The sum of steps, each `n` times; what is not known stays so."""
+    keys = [key for key in steps[0][1] if key != "bound_seconds"]
+    sums = {key: None if steps[0][1][key] is None else sum(n * facts[key] for n, facts in steps) for key in keys}
+    bounds = steps[0][1]["bound_seconds"]
+    return {**sums, "bound_seconds": bounds and {k: sum(n * f["bound_seconds"][k] for n, f in steps) for k in bounds}}
+
+
+def step_facts(
+    compiled: Compiled, phase: str, batch: int, length: int, board: Board | None, link: Link | None
+) -> dict[str, Any]:
+    """One step of `batch` sequences of `length` tokens: read (prefill), or in the cache (decode)."""
+    graph, size = compiled.lowered[phase], compiled.options.world_size or 1
+    costs = [(node, cost_of(graph, node, size, batch, length)) for node in graph.nodes]
+    layers = {match[1] for node in graph.nodes if (match := LAYER.match(node.name))}
+    in_layers = sum(cost.wire for node, cost in costs if LAYER.match(node.name))
+    bounds = seconds_by_bound([cost for _, cost in costs], board, link, size) if board else None
+    return {
+        "flops": sum(cost.flops for _, cost in costs),
+        "memory_bytes": sum(cost.memory for _, cost in costs),
+        "wire_bytes": sum(cost.wire for _, cost in costs),
+        "wire_bytes_per_layer": in_layers / max(1, len(layers)),
+        **{
+            f"{word}_bytes": sum(cost.wire for node, cost in costs if node.op in ops)
+            for word, ops in (("all_reduce", ("AllReduce", "LinearParallel")), ("all_gather", ("AllGather",)))
+        },
+        "seconds": sum(bounds.values()) if bounds else None,
+        "bound_seconds": bounds,
+    }
+
+
+def seconds_by_bound(costs: Sequence[Cost], board: Board, link: Link | None, world_size: int) -> dict[str, float]:
+    """Each operation takes as long as the slowest of its three demands; the sums by which it is."""
+    found = {"compute": 0.0, "memory": 0.0, "wire": 0.0}
+    links = (link.bandwidth * (world_size - 1 if link.each_peer else 1)) if link else 0.0
+    for cost in costs:
+        times = {"compute": cost.flops / board.flops, "memory": cost.memory / board.bandwidth, "wire": 0.0}
+        if cost.wire and links:
+            times["wire"] = cost.wire / links
+        slowest = max(times, key=lambda kind: times[kind])
+        found[slowest] += times[slowest]
+    return found
+
+
+def cost_of(graph: AtbGraph, node: AtbNode, world_size: int, batch: int, length: int) -> Cost:
+    """Of one operation, by the shapes that its kernel sees."""
+    symbols = {"T": batch * length, "B": batch, "M": -(-length // BLOCK_SIZE)}
+
+    def shape(index: int) -> tuple[int, ...]:
+        return evaluate(node.views.get(index, graph.tensors[node.ins[index]].shape), symbols)
+
+    def size(name: str) -> int:
+        t = graph.tensors[name]
+        return DTYPE_BYTES[t.dtype] * prod(evaluate(t.shape, symbols))
+
+    made = sum(size(name) for name in node.outs if graph.tensors[name].role != "cache")
+    read = {n: size(n) for n in node.ins if graph.tensors[n].role in ("internal", "weight", "input")}
+    caches = [graph.tensors[name] for name in node.ins if graph.tensors[name].role == "cache"]
+    flops = memory = 0
+    match node.op:
+        case "Linear" | "LinearParallel":
+            *rows, width = shape(0)
+            flops = 2 * prod(rows) * width * shape(1)[0]
+        case "Gather":  # the rows that are asked for, not the table
+            read = {node.ins[1]: size(node.ins[1])}
+            memory = made
+        case "ReshapeAndCache":  # what is read is written
+            memory = sum(read[name] for name in node.ins[:2])
+        case "SelfAttention" | "PagedAttention":
+            width = prod(shape(0)[1:])  # query heads times their size
+            decoding = graph.phase == "decode"
+            pairs = batch * length if decoding else batch * length * (length + 1) // 2
+            flops = 4 * width * pairs  # of each pair of positions a product for its score, and one for its value
+            token = sum(cached_bytes(t.dtype, t.shape) for t in caches)
+            appended = token * (batch if decoding else batch * length) if node.op == "SelfAttention" else 0
+            memory = appended + (token * batch * length if decoding else 0)
+    return Cost(flops=flops, memory=memory + made + sum(read.values()), wire=wire_bytes(node, size, world_size))
+
+
+def cached_bytes(dtype: str, shape: Sequence[int | str]) -> int:
+    """Of one position of one sequence in one cache."""
+    ((symbols, size),) = form_of(dtype, tuple(shape)).items()
+    return size // BLOCK_SIZE if symbols == "N" else size
+
+
+def wire_bytes(node: AtbNode, size: Callable[[str], int], world_size: int) -> int:
+    """What one rank sends. A sum: 2 (W - 1) / W of the tensor, as in a ring: each rank reduces its part and sends it
+    to all. A gather: the share, to each of the others."""
+    if node.op not in COLLECTIVES:
+        return 0
+    if node.op == "AllGather":
+        return (world_size - 1) * size(node.ins[0])
+    return 2 * (world_size - 1) * size(node.outs[0]) // world_size
+
+
+def assumptions(board: Board | None, link: Link | None, attention: str) -> Iterator[str]:
+    """What the numbers rest on, in words."""
+    yield "a workspace name keeps its place from the first node that writes it to the last that uses it in a segment"
+    yield (
+        "the reserve stands for kernels' scratch, communication buffers, code and fragmentation; nothing was measured "
+        "on an NPU"
+    )
+    if attention == "paged":
+        yield f"each sequence fills its last cache block of {BLOCK_SIZE} tokens"
+    yield "an all-reduce sends 2 (W - 1) / W of the tensor from each rank, an all-gather the share to each other rank"
+    if board is None:
+        yield "no times: nothing is known of this device's speed"
+        return
+    yield (
+        f"times are the best that {board.flops / 1e12:.0f} TFLOP/s and {board.bandwidth / 1e9:.0f} GB/s of memory allow"
+        + (f", and links of {link.bandwidth / 1e9:.0f} GB/s {_peers(link)}" if link else "")
+        + "; kernels reach a part of it"
+    )
+    yield "operations follow one another; only LinearParallel sends while it computes; no launch or link latency"
+    yield "attention skips what the causal mask hides; decode is the step at the end of the context"
+
+
+def _peers(link: Link) -> str:
+    return "to each other rank" if link.each_peer else "to all other ranks together"
+
+
+# ---- as text
+
+
+def show_plan(facts: Mapping[str, Any], width: int | None = None) -> str:
+    """Tables of memory and of time, the assumptions, and one closing line."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    out = StringIO()
+    console = Console(file=out, width=width or 118, highlight=False, color_system=None)
+    memory, work = facts["memory"], facts["workload"]
+    console.print(f"{facts['model']} on {facts['device']}, {facts['dtype']}, {facts['attention']} attention")
+    if memory["usable_bytes"] is None:
+        console.print("memory of a rank: not known; --memory says it")
+    else:
+        console.print(
+            f"memory of a rank: {gib(memory['memory_bytes'])}, {gib(memory['reserve_bytes'])} reserved, "
+            f"{gib(memory['usable_bytes'])} usable"
+        )
+    console.print(
+        f"workload: batch {work['batch']}, prompt {work['prompt']}, answer {work['output']} tokens: context "
+        f"{work['context']}; prefill steps of up to {work['prefill_step_tokens']} tokens"
+    )
+    console.print(*_tables(facts), sep="\n")
+    for entry in facts["refused"]:
+        console.print(f"world size {entry['world_size']}: {entry['reason']}")
+    console.print("\nassumptions:", *(f"  - {line}" for line in facts["assumptions"]), sep="\n", soft_wrap=True)
+    console.print(closing_line(facts), soft_wrap=True)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def _tables(facts: Mapping[str, Any]) -> Iterator[Any]:
+    cards = any(row["cards"] != row["world_size"] for row in facts["sizes"])
+    yield _table(
+        "one rank's memory (* offered by the model)",
+        ["tp", *(["cards"] if cards else []), "weights", "cache", "step", "needed", "fits", "cache of a token",
+         "largest batch", "largest context"],
+        [
+            [
+                f"{row['world_size']}{'*' if row['offered'] else ''}",
+                *([f"{row['cards']:g}"] if cards else []),
+                gib(row["weight_bytes"]),
+                gib(row["needed_bytes"]["cache"]),
+                gib(sum(row["needed_bytes"][key] for key in ("constants", "step_tensors", "workspace"))),
+                gib(row["needed_bytes"]["total"]),
+                {None: "?", True: "yes", False: "no"}[row["fits"]],
+                f"{row['cache_bytes_per_token'] / 2**10:.1f} KiB",
+                *(str(row.get(key) or "-") for key in ("largest_batch", "largest_context")),
+            ]
+            for row in facts["sizes"]
+        ],
+    )  # fmt: skip
+    yield _table(
+        "one rank's work",
+        ["tp", "sent, token and layer", "sent, token", "prefill TFLOP", "prefill", "bound by", "decode GFLOP",
+         "decode step", "bound by", "tokens/s"],
+        [
+            [
+                f"{row['world_size']}{'*' if row['offered'] else ''}",
+                f"{row['decode']['wire_bytes_per_token_and_layer'] / 2**10:.1f} KiB",
+                f"{row['decode']['wire_bytes_per_token'] / 2**10:.1f} KiB",
+                f"{row['prefill']['flops'] / 1e12:.2f}",
+                *_time(row["prefill"]),
+                f"{row['decode']['flops'] / 1e9:.2f}",
+                *_time(row["decode"]),
+                f"{row['decode']['tokens_per_second']:.0f}" if row["decode"]["tokens_per_second"] else "?",
+            ]
+            for row in facts["sizes"]
+        ],
+    )  # fmt: skip
+
+
+def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"\n{title}", title_justify="left", title_style="", box=None, padding=(0, 2, 0, 0))
+    for head in heads:
+        table.add_column(head, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _time(facts: Mapping[str, Any]) -> tuple[str, str]:
+    if facts["seconds"] is None:
+        return "?", "?"
+    bounds = facts["bound_seconds"]
+    return f"{facts['seconds'] * 1e3:.2f} ms", max(bounds, key=lambda kind: bounds[kind])
+
+
+def closing_line(facts: Mapping[str, Any]) -> str:
+    """`llama2-70b: batch 1 x context 2048 fits at --tp 5, 6, 7, 8 (offered: 8)`"""
+    work, rows = facts["workload"], facts["sizes"]
+    what = f"{facts['model']}: batch {work['batch']} x context {work['context']}"
+    offered = ", ".join(str(row["world_size"]) for row in rows if row["offered"]) or "none"
+    if facts["memory"]["usable_bytes"] is None:
+        least = min(rows, key=lambda row: row["needed_bytes"]["total"])
+        return f"{what} needs {gib(least['needed_bytes']['total'])} a rank at --tp {least['world_size']}"
+    fits = ", ".join(str(row["world_size"]) for row in rows if row["fits"])
+    verdict = f"fits at --tp {fits}" if fits else "fits at no world size of one host"
+    return f"{what} {verdict} (offered: {offered})"
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
