@@ -14,8 +14,8 @@ Where the bytes of a step lie (atb-operations.md 1.5, 2.1; torch_atb and libatb 
   long as the segment. The workspace stays allocated at the largest size that any segment of either phase asked for;
 - on 310P matmul and attention kernels work on NZ copies of their inputs and outputs, in the workspace too.
 
-Not counted: the scratch of 910B kernels, communication buffers, code, fragmentation. `reserve` in graphs/hardware
-stands for them.
+Not counted: the scratch of 910B kernels, communication buffers, code, fragmentation, and the holes that libatb's first
+fit leaves in a workspace (up to 13 % of it in the catalogue). `reserve` in graphs/hardware stands for them.
 """
 
 from __future__ import annotations
