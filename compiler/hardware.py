@@ -13,6 +13,7 @@ from importlib.resources import files
 
 import yaml
 from llmc.compiler.diagnostics import UserError, did_you_mean
+from llmc.compiler.legality import Row, legal_rows, legal_values, read_row
 from llmc.compiler.source import LOADER
 
 DTYPES = ("float16", "bfloat16", "float32")  # of weights and activations
@@ -53,6 +54,7 @@ class Device:
 
     name: str
     chip: str  # Ascend910B | Ascend310P | host
+    legal: tuple[Row, ...]  # what may be chosen; the next six are read from it
     dtypes: tuple[str, ...]
     attention: tuple[str, ...]
     formats: Mapping[str, str]  # of weight (of a matmul), cache and mask: "nd" or "nz"
@@ -80,16 +82,20 @@ def device(name: str) -> Device:
     if name not in device_names():
         raise UserError(f"unknown device {name!r}", hint=did_you_mean(name, device_names()), code="E401")
     data = yaml.load((files("llmc.graphs") / "hardware" / f"{name}.yaml").read_text(encoding="utf-8"), LOADER)
+    rows = tuple(map(read_row, data["legal"]))
+    (mask,) = legal_rows(rows, "mask")
+    formats = {tensor: legal_values(rows, f"{tensor}_format")[0] for tensor in ("weight", "cache")}
     return Device(
         name=data["name"],
         chip=data["chip"],
-        dtypes=tuple(data["dtypes"]),
-        attention=tuple(data["attention"]),
-        formats=data["formats"],
-        merged_heads=data["merged_heads"],
+        legal=rows,
+        dtypes=tuple(legal_values(rows, "dtype")),
+        attention=tuple(legal_values(rows, "attention")),
+        formats={**formats, "mask": mask.facts["format"]},
+        merged_heads="merged" in legal_values(rows, "heads"),
         fusions={phase: tuple(names) for phase, names in data["fusions"].items()},
-        backends=data["backends"],
-        causal_mask=data["causal_mask"],
+        backends={row.values[0]: row.facts.get("fused", "") for row in legal_rows(rows, "backend")},
+        causal_mask=mask.facts["values"],
         boards=tuple(Board(**{**board, "memory": parse_size(board["memory"])}) for board in data["boards"]),
         reserve=parse_size(data["reserve"]),
         ceiling=parse_size(data["ceiling"]) if data["ceiling"] else None,

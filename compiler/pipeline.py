@@ -12,17 +12,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llmc.compiler.atb.collective import DEVICE_COUNT
+from llmc.compiler import legality
 from llmc.compiler.build import Model, load_model
 from llmc.compiler.diagnostics import Diagnostic, DiagnosticError, UserError
 from llmc.compiler.hardware import Device, device
 from llmc.compiler.ir import AtbGraph, Graph
-from llmc.compiler.passes.fuse import FUSIONS, fuse_add_norm, fuse_linear_all_reduce, fuse_swiglu
+from llmc.compiler.passes.fuse import fuse_add_norm, fuse_linear_all_reduce, fuse_swiglu
 from llmc.compiler.passes.lower import lower
 from llmc.compiler.passes.phase import PHASES, split_phase
 from llmc.compiler.passes.segment import Segment, segment
 from llmc.compiler.passes.shard import possible_sizes, shard
-from llmc.compiler.passes.types import apply_dtypes, infer_types, with_dtype
+from llmc.compiler.passes.types import apply_dtypes, infer_types, node_dtype, with_dtype
 from llmc.compiler.verify import verify_atb, verify_graph, verify_segments
 
 
@@ -127,9 +127,8 @@ def compile_model(path: str, options: Options, *, until: str = "") -> Compiled:
     if until and until not in PASS_NAMES:
         raise UserError(f"unknown pass {until!r}", hint=f"one of {', '.join(PASS_NAMES)}")
     model = load_model(path)
-    options = check_options(model, options)
     try:
-        return _run(model, options, until)
+        return _run(model, check_options(model, options), until)
     except DiagnosticError as error:
         raise DiagnosticError(error.diagnostics, model.sources) from None
 
@@ -189,36 +188,26 @@ def check_options(model: Model, options: Options) -> Options:
     offer = model.support.get(options.device, {})
     dtype = options.dtype or model.graph.dtype
     world_size = min(offer.get("tp", (1,))) if options.world_size is None else options.world_size
-    if dtype not in target.dtypes:
-        raise UserError(
-            f"{target.name} ({target.chip}) has no {dtype}", hint=f"--dtype {' | '.join(target.dtypes)}", code="E401"
-        )
-    if options.attention not in target.attention:
-        raise UserError(
-            f"{target.name} has no {options.attention!r} attention",
-            hint=f"--attention {' | '.join(target.attention)}",
-            code="E401",
-        )
-    if not 1 <= world_size <= DEVICE_COUNT:
-        raise UserError(
-            f"world size {world_size} is not possible: a host has {DEVICE_COUNT} devices",
-            hint=f"--tp {', '.join(map(str, offer.get('tp', range(1, DEVICE_COUNT + 1))))}",
-            code="E401",
-        )
     backend = options.backend or next(iter(target.backends))
-    if backend not in target.backends:
-        raise UserError(
-            f"{target.name} has no backend {backend!r}", hint=f"--backend {' | '.join(target.backends)}", code="E401"
-        )
-    unknown = sorted(set(options.fusions or ()) - set(FUSIONS))
-    if unknown:
-        raise UserError(f"unknown fusion {', '.join(unknown)}", hint=f"known: {', '.join(FUSIONS)}", code="E401")
+    choice: dict[str, Any] = {"dtype": dtype, "attention": options.attention, "world_size": world_size}
+    if options.backend or world_size > 1:
+        choice["backend"] = backend
+    legality.check(target, {**choice, "fusion": options.fusions or ()})
+    check_policy(model.graph, target, dtype)
     if options.layers_per_segment < 0:
         raise UserError(f"layers-per-segment {options.layers_per_segment}: expected 0 (as many as fit) or more")
     decided = replace(options, world_size=world_size, backend=backend if world_size > 1 else "")
     if not options.allow_unsupported:
         check_support(model, decided, dtype)
     return decided
+
+
+def check_policy(graph: Graph, target: Device, dtype: str) -> None:
+    """The dtypes of `policy:`, each told at the first node that computes in it."""
+    for own in dict.fromkeys(rule["dtype"] for rule in graph.policy):
+        node = next((node for node in graph.nodes if node_dtype(graph, node) == own), None)
+        if own != dtype and node:
+            legality.check(target, {"policy": own, "dtype": dtype}, node.place)
 
 
 def check_support(model: Model, options: Options, dtype: str) -> None:
