@@ -453,7 +453,8 @@ def _time(facts: Mapping[str, Any]) -> tuple[str, str]:
     if facts["seconds"] is None:
         return "?", "?"
     bounds = facts["bound_seconds"]
-    return f"{facts['seconds'] * 1e3:.2f} ms", max(bounds, key=lambda kind: bounds[kind])
+    seconds = facts["seconds"]
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms", max(bounds, key=lambda kind: bounds[kind])
 
 
 def closing_line(facts: Mapping[str, Any]) -> str:
@@ -465,7 +466,8 @@ def closing_line(facts: Mapping[str, Any]) -> str:
         least = min(rows, key=lambda row: row["needed_bytes"]["total"])
         return f"{what} needs {gib(least['needed_bytes']['total'])} a rank at --tp {least['world_size']}"
     fits = ", ".join(str(row["world_size"]) for row in rows if row["fits"])
-    verdict = f"fits at --tp {fits}" if fits else "fits at no world size of one host"
+    planned = ", ".join(str(row["world_size"]) for row in rows)
+    verdict = f"fits at --tp {fits}" if fits else f"does not fit at --tp {planned}"
     return f"{what} {verdict} (offered: {offered})"
 
 

@@ -264,7 +264,7 @@ def test_on_the_host_memory_must_be_said_and_times_are_not_guessed(small, capsys
 def test_what_fits_nowhere_is_said(capsys):
     code, out, _ = run(capsys, "llama2-7b", "--memory", "3500MiB", "--tp", "8")
     assert code == 0
-    assert out.splitlines()[-1].startswith("llama2-7b: batch 1 x context 2048 fits at no world size of one host")
+    assert out.splitlines()[-1] == "llama2-7b: batch 1 x context 2048 does not fit at --tp 8 (offered: 8)"
 
 
 @pytest.mark.parametrize(
