@@ -48,7 +48,7 @@ def memory_plan(compiled: Compiled) -> dict[str, Any]:
     return {
         "weight_bytes": weight_bytes(compiled, tensors),
         "cache": cache,
-        "cache_bytes_per_token": cache["N"] // BLOCK_SIZE if "N" in cache else cache["B*S"],
+        "cache_bytes_per_token": cache["N"] // BLOCK_SIZE if "N" in cache else cache.get("B*S", 0),
         "constants": total(form_of(t.dtype, t.shape) for t in tensors.values() if t.role == "constant"),
         "steps": steps,
         "activation_bytes_per_token": {

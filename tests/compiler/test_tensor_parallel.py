@@ -238,6 +238,9 @@ QKV_ALONE = """
   v: {op: linear, x: e, out: 4 * 4, heads: 4, weight: v, tp: column}
   y: {op: attention, q: q, k: k, v: v, heads: 28, kv_heads: 4, head_dim: 4}
 """
+QK = """  x: {op: linear, x: e, tp: column,
+      parts: {q: {out: 24, heads: 3, weight: q}, k: {out: 8, heads: 1, weight: k}}}
+"""
 # nodes -> line of the node that is refused, and what the message must say
 REFUSED = {
     "a row split of a whole input": (
@@ -258,6 +261,14 @@ REFUSED = {
     "query heads that are not with their kv heads": (
         QKV_ALONE.lstrip("\n"), 4,
         ["'y' (attention)", "query heads", "q S(1) [T, 112] with 40 a rank", "make q, k and v in one linear"],
+    ),
+    "a norm over a kv head that several ranks hold": (
+        QK + "  y: {op: rms_norm, x: x.k, eps: 1.0e-5, weight: n}\n", 3,
+        ["'y' (rms_norm)", "S(1)", "R on every input"],
+    ),
+    "a row split over a kv head that several ranks hold": (
+        QK + "  y: {op: linear, x: x.k, out: 32, weight: w, tp: row}\n", 3,
+        ["'y' (linear)", "S(1) [T, 8] with 8 a rank", "each column on one rank"],
     ),
     "parts whose heads form no groups": (
         "  x: {op: linear, x: e, tp: column, parts: {a: {out: 30, heads: 5, weight: a}, "
