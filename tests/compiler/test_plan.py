@@ -299,3 +299,18 @@ def test_sizes_have_a_number_and_a_unit(text, size):
 def test_what_is_not_a_size_is_refused(text):
     with pytest.raises(UserError, match="is not a size"):
         parse_size(text)
+
+
+def test_the_page_shows_what_is_printed(capsys):
+    """The lines of its example, except those that stand for others."""
+    page = (Path(__file__).parents[2] / "docs" / "sizing.md").read_text(encoding="utf-8")
+    example = page.split("```")[3].splitlines()
+    printed = set()
+    for size in ("4", "5", "8"):
+        words = ["llama2-70b", "--batch", "8", "--prompt", "2048", "--output", "512", "--tp", size]
+        printed |= {" ".join(line.split()) for line in run(capsys, *words)[1].splitlines()}
+    rows = [" ".join(line.split()) for line in example if line[:2].strip(" *").isdigit()]
+    assert len(rows) == 4
+    assert [line for line in rows if line not in printed] == []
+    assert " ".join(example[1].split()) in printed, "the memory"
+    assert " ".join(example[2].split()) in printed, "the workload"
