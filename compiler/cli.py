@@ -139,6 +139,11 @@ def explain_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("node", help="a node, or a value, weight or cache of it: layers.0.attn.o")
 
 
+def show_flags(p: argparse.ArgumentParser) -> None:
+    graph_flags(p)
+    p.add_argument("--html", type=Path, metavar="FILE", help="write a page that draws the model, for a browser")
+
+
 def plan_flags(p: argparse.ArgumentParser) -> None:
     graph_flags(p)
     p.add_argument("--memory", help="of one rank, as 32GiB or 29GB (default: the device's first board)")
@@ -236,6 +241,13 @@ def show_command(args: argparse.Namespace) -> int:
     from llmc.compiler.pipeline import compile_model
 
     compiled = compile_model(args.graph, _options(args))
+    if args.html:
+        from llmc.compiler import picture
+
+        facts = {"ok": True, "path": str(args.html), "bytes": picture.write(compiled, args.html)}
+        closing = f"{args.html}: a page of {show.head_line(compiled)}; open it in a browser"
+        print(json.dumps(facts, indent=1) if args.json else closing)
+        return 0
     print(json.dumps(show.summary(compiled), indent=1) if args.json else show.show_model(compiled))
     return 0
 
@@ -370,7 +382,7 @@ def convert_command(args: argparse.Namespace) -> int:
 COMMANDS: dict[str, tuple[Callable, Callable[[argparse.ArgumentParser], None], str]] = {
     "compile": (compile_command, compile_flags, "write the artifact of a model: generated code and manifest.json"),
     "check": (check_command, graph_flags, "read, type and lower a model; write nothing"),
-    "show": (show_command, graph_flags, "sizes, types, ATB operations and segments of a model"),
+    "show": (show_command, show_flags, "sizes, types, ATB operations and segments of a model; --html draws it"),
     "diff": (diff_command, diff_flags, "what differs between two models, two world sizes or two artifacts"),
     "explain": (explain_command, explain_flags, "type, sharding, neighbours, ATB calls and rules of one node"),
     "plan": (plan_command, plan_flags, "bytes, traffic, FLOPs and times of one rank, for every world size"),

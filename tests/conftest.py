@@ -12,6 +12,7 @@ NEEDS = {
     "runtime": ["torch", "transformers"],
     "models": ["torch", "transformers"],
     "ranks": ["torch", "transformers", "processes"],
+    "picture": ["browser"],
 }
 
 
