@@ -22,7 +22,7 @@ from llmc.compiler.passes.lower import lower
 from llmc.compiler.passes.phase import PHASES, split_phase
 from llmc.compiler.passes.segment import Segment, segment
 from llmc.compiler.passes.shard import possible_sizes, shard
-from llmc.compiler.passes.types import apply_dtypes, infer_types, node_dtype, with_dtype
+from llmc.compiler.passes.types import apply_dtypes, in_layers, infer_types, is_named, with_dtype
 from llmc.compiler.verify import verify_atb, verify_graph, verify_segments
 
 
@@ -203,10 +203,13 @@ def check_options(model: Model, options: Options) -> Options:
 
 
 def check_policy(graph: Graph, target: Device, dtype: str) -> None:
-    """The dtypes of `policy:`, each told at the first node that computes in it."""
-    for own in dict.fromkeys(rule["dtype"] for rule in graph.policy):
-        node = next((node for node in graph.nodes if node_dtype(graph, node) == own), None)
-        if own != dtype and node:
+    """The dtypes of `policy:`, each told at the first node that a rule gives it."""
+    told: set[str] = set()
+    for rule in graph.policy:
+        own = rule["dtype"]
+        named = (node for node in graph.nodes if is_named(rule, node.name) and in_layers(rule, node.name))
+        if own != dtype and own not in told and (node := next(named, None)):
+            told.add(own)
             legality.check(target, {"policy": own, "dtype": dtype}, node.place)
 
 

@@ -512,6 +512,13 @@ def linear_parallel_late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc]
                 outs[0].dtype == expected.dtype, INI, "dtype of the output", found=str(outs[0]), expected=expected.dtype
             )
         require_output(outs[0], expected.shape)
+    require(
+        not (param.backend == "lccl" and chip == "Ascend310P"),
+        "ERROR_INVALID_SINGLE_OPERATION_PARAM",  # of our choice: the library has no check, and its communicator fails
+        "lccl does not know this chip",
+        found=chip,
+        expected="backend hccl",
+    )
     if param.backend == "lcoc":
         _check_lcoc_setup(param, ins, chip)
 

@@ -32,6 +32,7 @@ class Segment:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     layers: tuple[str, ...]  # "layers.0", ... and names of nodes outside layers
+    bound_by: tuple[str, ...] = ()  # why it does not go on: limits that one layer more exceeds, or "end" of the model
 
     @property
     def counts(self) -> dict[str, int]:
@@ -63,43 +64,46 @@ def segment(graph: AtbGraph, layers_per_segment: int = 0) -> tuple[Segment, ...]
     segments: list[Segment] = []
     start = 0
     while start < len(groups):
-        stop = _farthest(groups, start, layers_per_segment or len(groups))
+        stop, bound_by = _farthest(groups, start, layers_per_segment or len(groups))
         part = _localise(graph, groups[start:stop], last_use, stop)
-        while over_limit(part) and stop > start + 1:
-            stop -= 1
+        while (over := over_limits(part)) and stop > start + 1:
+            stop, bound_by = stop - 1, over
             part = _localise(graph, groups[start:stop], last_use, stop)
-        if over_limit(part):
+        if over:
             raise DiagnosticError([_too_large(groups[start], part)])
         start = stop
-        segments.append(part)
+        segments.append(replace(part, bound_by=bound_by))
     return tuple(segments)
 
 
-def _farthest(groups: Sequence[tuple[str, list[AtbNode]]], start: int, max_layers: int) -> int:
-    """Where a segment from `start` ends at the latest, by nodes and layers alone; at least one group."""
+def _farthest(
+    groups: Sequence[tuple[str, list[AtbNode]]], start: int, max_layers: int
+) -> tuple[int, tuple[str, ...]]:
+    """Where a segment from `start` ends at the latest, by nodes and layers alone, and why; at least one group."""
     nodes = layers = 0
     for stop in range(start, len(groups)):
         label, run = groups[stop]
         nodes, layers = nodes + len(run), layers + (label != "")
-        if stop > start and (nodes > GRAPH_LIMITS["nodes"] or layers > max_layers):
-            return stop
-    return len(groups)
+        over = {"nodes": nodes > GRAPH_LIMITS["nodes"], "layers-per-segment": layers > max_layers}
+        if stop > start and any(over.values()):
+            return stop, tuple(limit for limit, exceeded in over.items() if exceeded)
+    return len(groups), ("end",)
 
 
-def over_limit(part: Segment) -> str:
-    """The limit that the segment exceeds, or ''."""
-    return next((kind for kind, n in part.counts.items() if n > GRAPH_LIMITS[kind]), "")
+def over_limits(part: Segment) -> tuple[str, ...]:
+    """The limits that the segment exceeds."""
+    return tuple(kind for kind, n in part.counts.items() if n > GRAPH_LIMITS[kind])
 
 
 def _too_large(group: tuple[str, list[AtbNode]], part: Segment) -> Diagnostic:
-    kind = over_limit(part)
+    over = over_limits(part)
     label = group[0] or group[1][0].name
     return Diagnostic(
         code="E403",
         message=f"'{label}' alone does not fit in one ATB graph",
         place=group[1][0].place,
-        found=f"{part.counts[kind]} {kind}",
-        needed=f"at most {GRAPH_LIMITS[kind]}",
+        found=", ".join(f"{part.counts[kind]} {kind}" for kind in over),
+        needed=", ".join(f"at most {GRAPH_LIMITS[kind]} {kind}" for kind in over),
     )
 
 
