@@ -20,7 +20,7 @@ fit leaves in a workspace (up to 13 % of it in the catalogue). `reserve` in grap
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,16 @@ def needed(
         ),
     }
     return {**found, "total": sum(found.values())}
+
+
+def last_true(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The largest number of low..high for which it holds, as it does for all smaller ones; 0 if for none."""
+    if not holds(low):
+        return 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
 
 
 def weight_bytes(compiled: Compiled, tensors: Mapping[str, AtbTensor]) -> int:

@@ -22,7 +22,7 @@ from llmc.compiler.build import load_model
 from llmc.compiler.diagnostics import DiagnosticError, UserError
 from llmc.compiler.hardware import Board, Device, Link, device
 from llmc.compiler.ir import AtbGraph, AtbNode, evaluate
-from llmc.compiler.memory import form_of, memory_plan, needed
+from llmc.compiler.memory import form_of, last_true, memory_plan, needed
 from llmc.compiler.ops.attention import BLOCK_SIZE
 from llmc.compiler.passes.segment import LAYER
 from llmc.compiler.pipeline import Compiled, Options, check_support, compile_model
@@ -196,16 +196,6 @@ def largest(bytes_for: Callable[[Workload], int], work: Workload, usable: int, p
         "largest_batch": last_true(lambda batch: fits(batch=batch), 1, MOST_SEQUENCES),
         "largest_context": last_true(lambda context: fits(output=context - prompt), prompt + 1, positions),
     }
-
-
-def last_true(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """The largest number of low..high for which it holds, as it does for all smaller ones; 0 if for none."""
-    if not holds(low):
-        return 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle - 1)
-    return low
 
 
 # ---- what steps cost

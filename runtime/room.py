@@ -1,0 +1,120 @@
+"""How many cache blocks or rows a run has, and whether it fits: before anything is loaded.
+
+    limit = memory_limit("32GiB", device("atlas-800i-a2"), os.environ)
+    room = make_room(manifest, [len(p) for p in prompts], answer=64, max_batch=8, positions=4096, limit=limit)
+    make_caches(manifest, room.sizes)
+
+Without a limit the cache holds the whole batch at its longest. Bytes are one rank's, those of `llmc plan`, which the
+manifest keeps (compiler/memory.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmc.compiler.diagnostics import UserError
+from llmc.compiler.hardware import Device, parse_size
+from llmc.compiler.memory import last_true, needed
+from llmc.compiler.show import show_bytes
+from llmc.runtime.blocks import BLOCK_SIZE, blocks_for
+
+PREFILL_TOKENS = 4096  # of one prefill step, or one sequence if it is longer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """Bytes that one rank may use, and who says so."""
+
+    usable: int
+    source: str  # "--memory 32GiB less 3.00 GiB reserved"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """`sizes`: what N (blocks), B (rows) and S (positions of a row) are in the shapes of the caches."""
+
+    sizes: Mapping[str, int]
+    max_batch: int
+    prefill_tokens: int  # most in one step
+    note: str = ""  # where it is less than the whole batch would fill
+
+
+def memory_limit(flag: str | None, target: Device, environment: Mapping[str, str]) -> Limit | None:
+    """--memory is what there is, of which the device's reserve is not ours; MAX_MEMORY_GB, as in the original stack,
+    is what a rank may use, in GiB. None: nobody says."""
+    if flag is not None:
+        usable = parse_size(flag) - target.reserve
+        less = f" less {show_bytes(target.reserve)} reserved" if target.reserve else ""
+        if usable <= 0:
+            raise UserError(f"--memory {flag}{less}: nothing is left")
+        return Limit(usable=usable, source=f"--memory {flag}{less}")
+    text = environment.get("MAX_MEMORY_GB", "").strip()
+    if not text:
+        return None
+    if not text.isdecimal() or not 0 < int(text) < 2**20:
+        raise UserError(f"MAX_MEMORY_GB={text}: expected a whole number of GiB, at least 1")
+    return Limit(usable=int(text) << 30, source=f"MAX_MEMORY_GB={text}")
+
+
+def make_room(
+    manifest: Mapping[str, Any],
+    prompts: Sequence[int],
+    *,
+    answer: int,
+    max_batch: int,
+    positions: int,
+    blocks: int | None = None,
+    prefill_tokens: int | None = None,
+    limit: Limit | None = None,
+) -> Room:
+    """`prompts`: their tokens; `answer`: most tokens after each; `positions`: most in a sequence; `blocks`: a cache of
+    that size. UserError where the memory does not hold even one sequence, or not the blocks that are asked for."""
+    ends = sorted((min(positions, prompt + answer) for prompt in prompts), reverse=True)
+    batch, longest = min(max_batch, len(prompts)), ends[0]
+    enough = sum(blocks_for(end, BLOCK_SIZE) for end in ends[:batch])
+    budget = prefill_tokens or max(PREFILL_TOKENS, longest)
+    room = Room(sizes={"N": blocks or enough, "B": batch, "S": longest}, max_batch=batch, prefill_tokens=budget)
+    if limit is None:
+        return room
+    memory = manifest["memory"]
+    if "steps" not in memory:
+        raise UserError("the artifact does not say what a step needs", hint="compile it again", code="E501")
+    flash = manifest["attention"] == "flash"
+    symbol, asked, least = ("B", batch, 1) if flash else ("N", blocks or enough, blocks_for(longest, BLOCK_SIZE))
+
+    def bytes_at(count: int) -> Mapping[str, int]:
+        """Of so many rows or blocks. Sequences that lose their blocks to others are read again, answers included."""
+        rows = count if flash else batch
+        read = sum(sorted(prompts, reverse=True)[:rows]) if flash or count >= enough else sum(ends[:rows])
+        tokens = min(read, max(budget, longest))
+        cached = None if flash else count
+        return needed(memory, tokens=tokens, batch=rows, context=longest, positions=positions, blocks=cached)
+
+    if bytes_at(asked)["total"] <= limit.usable:
+        return room
+    most = last_true(lambda count: bytes_at(count)["total"] <= limit.usable, 1, asked - 1)
+    if most < least or (blocks and not flash):
+        fewer = f"--num-blocks {most}, " if blocks and most >= least else ""
+        raise refusal(bytes_at(asked if fewer else min(asked, least)), limit, manifest["world_size"], fewer)
+    said = f"{most} sequences at a time" if flash else f"{most} blocks of cache, so that sequences take turns"
+    return replace(
+        room, sizes={**room.sizes, symbol: most}, max_batch=most if flash else batch, note=f"{limit.source}: {said}"
+    )
+
+
+def refusal(found: Mapping[str, int], limit: Limit, world_size: int, fewer: str) -> UserError:
+    """What is needed, what there is, what each part needs, and what shrinks it."""
+    step = sum(found[key] for key in ("constants", "step_tensors", "workspace"))
+    parts = {"weights": found["weights"], "cache": found["cache"], "step": step}
+    who = f"each of {world_size} ranks" if world_size > 1 else "the run"
+    if found["weights"] > limit.usable:
+        ways = "a larger --tp: the weights alone are too large"
+    else:
+        ways = f"{fewer}a larger --tp, shorter prompts or answers, a smaller --batch-size or --max-prefill-tokens"
+    return UserError(
+        f"{who} needs at least {show_bytes(found['total'])} and may use {show_bytes(limit.usable)} ({limit.source}): "
+        + ", ".join(f"{name} {show_bytes(size)}" for name, size in parts.items()),
+        hint=f"{ways}; llmc plan shows what fits",
+    )

@@ -1,0 +1,148 @@
+"""How many blocks or rows a run gets from the memory it may use, and what is refused."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+from llmc.compiler.artifact import make_manifest
+from llmc.compiler.diagnostics import UserError
+from llmc.compiler.hardware import device
+from llmc.compiler.memory import needed
+from llmc.compiler.pipeline import Options, compile_model
+from llmc.runtime.room import Limit, Room, make_room, memory_limit
+
+GIB = 2**30
+PROMPTS = [1000, 700, 300, 1000]
+
+
+@cache
+def manifest(attention: str = "paged", size: int = 2) -> dict[str, Any]:
+    """LLaMA-2 13B: 12.27 GiB of weights on each of two ranks, 400 KiB of cache a token."""
+    return make_manifest(compile_model("llama2-13b", Options(attention=attention, world_size=size)))
+
+
+def room(limit: float | None, attention: str = "paged", **options: Any) -> Room:
+    """For prompts of 1000, 700, 300, 1000 tokens and answers of 100."""
+    said = None if limit is None else Limit(usable=int(limit * GIB), source="--memory")
+    options = {"answer": 100, "max_batch": 4, "positions": 4096, **options}
+    return make_room(manifest(attention), PROMPTS, limit=said, **options)
+
+
+def total(found: Room, tokens: int, attention: str = "paged") -> int:
+    blocks = found.sizes["N"] if attention == "paged" else None
+    memory = manifest(attention)["memory"]
+    return needed(
+        memory, tokens=tokens, batch=found.sizes["B"], context=1100, positions=4096, blocks=blocks
+    )["total"]  # fmt: skip
+
+
+@pytest.mark.parametrize("attention", ["paged", "flash"])
+def test_without_a_limit_the_cache_holds_the_batch_at_its_longest(attention):
+    """Blocks of 128 tokens for 1100, 800, 400 and 1100."""
+    found = room(None, attention)
+    assert found.sizes == {"N": 9 + 7 + 4 + 9, "B": 4, "S": 1100}
+    assert (found.max_batch, found.prefill_tokens, found.note) == (4, 4096, "")
+    assert room(None, attention, max_batch=2).sizes == {"N": 9 + 9, "B": 2, "S": 1100}
+    assert room(None, attention, positions=1024).sizes == {"N": 8 + 7 + 4 + 8, "B": 4, "S": 1024}
+
+
+@pytest.mark.parametrize("attention", ["paged", "flash"])
+def test_enough_memory_changes_nothing(attention):
+    assert room(29, attention) == room(None, attention)
+    assert room(29, attention, prefill_tokens=1500) == room(None, attention, prefill_tokens=1500)
+
+
+def test_less_memory_gives_as_many_blocks_as_fit():
+    """Sequences take turns, and are read again with what they have answered: 1100 + 1100 + 800 + 400 tokens."""
+    found = room(13.8)
+    assert 9 <= found.sizes["N"] < 29
+    assert found.sizes["B"] == 4
+    assert "blocks of cache" in found.note
+    assert total(found, 3400) <= 13.8 * GIB
+    assert (
+        total(Room(sizes={**found.sizes, "N": found.sizes["N"] + 1}, max_batch=4, prefill_tokens=1), 3400) > 13.8 * GIB
+    )
+
+
+def test_less_memory_gives_as_many_rows_as_fit():
+    found = room(13.8, "flash")
+    rows = found.sizes["B"]
+    assert 1 <= rows < 4
+    assert found.max_batch == rows
+    assert f"{rows} sequences at a time" in found.note
+    assert total(found, sum([1000, 1000, 700][:rows]), "flash") <= 13.8 * GIB
+
+
+@pytest.mark.parametrize("attention", ["paged", "flash"])
+def test_what_does_not_hold_one_sequence_is_refused_with_both_sizes_and_ways_out(attention):
+    with pytest.raises(UserError) as refused:
+        room(12.5, attention)
+    said = str(refused.value)
+    for words in ("each of 2 ranks needs at least 1", "may use 12.50 GiB (--memory)", "weights 12.27 GiB", "cache ",
+                  "a larger --tp", "shorter prompts", "--max-prefill-tokens", "llmc plan"):  # fmt: skip
+        assert words in said
+
+
+def test_weights_that_alone_do_not_fit_leave_only_more_ranks():
+    with pytest.raises(UserError, match="a larger --tp: the weights alone") as refused:
+        make_room(manifest(size=1), [10], answer=10, max_batch=1, positions=4096, limit=Limit(usable=GIB, source="x"))
+    assert "the run needs at least 24" in str(refused.value)
+    assert "shorter" not in str(refused.value)
+
+
+def test_blocks_that_are_asked_for_are_given_or_refused():
+    assert room(None, blocks=12).sizes["N"] == 12
+    assert room(29, blocks=12).sizes["N"] == 12
+    most = room(13.8).sizes["N"]
+    assert room(13.8, blocks=most).sizes["N"] == most
+    with pytest.raises(UserError, match=f"--num-blocks {most}, a larger --tp"):
+        room(13.8, blocks=most + 1)
+    assert room(29, "flash", blocks=12).note == "", "rows are not blocks"
+
+
+def test_a_smaller_prefill_leaves_more_for_the_cache():
+    assert room(13.6, prefill_tokens=1000).sizes["N"] > room(13.6).sizes["N"]
+
+
+def test_an_artifact_that_does_not_say_what_a_step_needs_is_named():
+    old = {**manifest(), "memory": {"weight_bytes": 1}}
+    options: dict[str, Any] = {"answer": 1, "max_batch": 1, "positions": 8}
+    assert make_room(old, [3], **options).sizes["N"] == 1
+    with pytest.raises(UserError, match="compile it again"):
+        make_room(old, [3], **options, limit=Limit(usable=GIB, source="x"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "environment", "usable"),
+    [
+        ("32GiB", {}, 29 * GIB),
+        ("32GiB", {"MAX_MEMORY_GB": "7"}, 29 * GIB),
+        (None, {"MAX_MEMORY_GB": "29"}, 29 * GIB),
+        (None, {"MAX_MEMORY_GB": ""}, None),
+        (None, {}, None),
+    ],
+)
+def test_the_flag_is_the_board_and_the_variable_is_what_a_rank_may_use(flag, environment, usable):
+    limit = memory_limit(flag, device("atlas-800i-a2"), environment)
+    assert (limit and limit.usable) == usable
+
+
+def test_on_the_host_nothing_is_reserved():
+    assert memory_limit("2GB", device("host"), {}) == Limit(usable=2 * 10**9, source="--memory 2GB")
+
+
+@pytest.mark.parametrize(
+    ("flag", "environment", "words"),
+    [
+        ("3GiB", {}, "--memory 3GiB less 3.00 GiB reserved: nothing is left"),
+        ("32", {}, "'32' is not a size"),
+        (None, {"MAX_MEMORY_GB": "much"}, "MAX_MEMORY_GB=much: expected a whole number"),
+        (None, {"MAX_MEMORY_GB": "0"}, "MAX_MEMORY_GB=0"),
+        (None, {"MAX_MEMORY_GB": "-3"}, "MAX_MEMORY_GB=-3"),
+    ],
+)
+def test_limits_that_mean_nothing_are_told(flag, environment, words):
+    with pytest.raises(UserError, match=words):
+        memory_limit(flag, device("atlas-800i-a2"), environment)
