@@ -9,7 +9,7 @@ where its other axes hold too. It is legal unless `refused` says why not, and th
 What the ATB table (`compiler/atb`) states already is asked there (ASKED) and not written down again. `check` raises
 with every refusal of a choice, each with its row and a way out.
 
-    python -m llmc.compiler.legality > docs/legality.md
+    check(device("atlas-300i-duo"), {"dtype": "bfloat16"})      # E401 ... has no bfloat16: ... likely: --dtype float16
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from llmc.compiler.atb.core import AtbError, Desc
 from llmc.compiler.diagnostics import DiagnosticError, UserError
 from llmc.compiler.hardware import device, device_names
 from llmc.compiler.legality import problems
+from llmc.compiler.legality_docs import page
 from llmc.compiler.pipeline import Options, compile_model
 from test_lowering import LAYERS, RECORDED
 
@@ -190,3 +191,8 @@ def test_a_fusion_of_the_device_is_left_out_and_one_asked_for_is_refused_where_r
     assert compile_model("llama2-7b", three)
     with pytest.raises(UserError, match="a power of two"):
         compile_model("llama2-7b", replace(three, fusions=("linear_all_reduce",)))
+
+
+def test_the_page_is_what_the_tables_say():
+    stored = (Path(__file__).parents[2] / "docs/legality.md").read_text(encoding="utf-8")
+    assert stored == page(), "run: python -m llmc.compiler.legality_docs > docs/legality.md"
