@@ -434,11 +434,8 @@ def _sums(low: AtbGraph, nodes: Sequence[AtbNode]) -> list[list[str]]:
     weights = sum(known_bytes(t.dtype, t.shape) for t in read.values() if t.role == "weight")
     cache = sum(_cache_bytes(t) for t in read.values() if t.role == "cache")
     outputs = sum(known_bytes(t.dtype, t.shape) for t in made.values() if t.role != "cache" and rows in t.shape)
-    return [
-        ["weights", show_bytes(weights)],
-        ["cache", f"{show_bytes(cache)} a token"],
-        ["outputs of operations", f"{show_bytes(outputs)} a token"],
-    ]
+    facts = [("weights", weights, ""), ("cache", cache, " a token"), ("outputs of operations", outputs, " a token")]
+    return [[label, show_bytes(size) + per] for label, size, per in facts if size]
 
 
 def _cache_bytes(t: AtbTensor) -> int:

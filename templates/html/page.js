@@ -537,7 +537,7 @@ function segment({ layers, counts }, number, all) {
     const target = layer < 0 ? phases.map((phase) => find(name, [phase])).find(Boolean) : { view: name, layer };
     const [view, place] = target ? [target.view, target.layer] : [data.views[0], 0];
     const text = layer < 0 ? name : String(layer);
-    return make("button", { class: "cell", "data-place": `${view} ${place}`, onclick: () => show(view, place) }, text);
+    return make("button", { class: "cell", "data-place": `${view} ${place}`, title: text, onclick: () => show(view, place) }, text);
   });
   return make("div", { class: "segment", title: said.join(", ") }, title, make("div", { class: "cells" }, ...cells));
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import pytest
 from selenium.webdriver.common.by import By
@@ -216,6 +217,25 @@ def test_edges_are_those_of_the_graph(ranks8):
         assert expected
 
 
+def test_edges_of_the_model_are_what_operators_read(ranks8):
+    """One layer is drawn, with what the first reads from outside and what is read of the last."""
+    compiled, browser = ranks8
+    graph = compiled.graph
+    ends = {value: f"{value}:in" for value in graph.inputs}
+    makers = {**{value: node.name for value, node in graph.producer.items()}, **ends}
+    pairs = {(makers[value], node.name) for node in graph.nodes for value in node.inputs.values()}
+    pairs |= {(makers[value], f"{name}:out") for name, value in graph.outputs.items()}
+    layer = re.compile(r"^layers\.(\d+)\.")
+    kept = {
+        (a, b) for a, b in pairs if not (layer.match(a) and layer.match(b)) or layer.match(a)[1] == layer.match(b)[1]
+    }
+    expected = {(layer.sub("layers.{i}.", a), layer.sub("layers.{i}.", b)) for a, b in kept}
+    for number in (0, 20):
+        go_to(browser, f"layers {number}")
+        drawn = browser.execute_script("return panes.model.paths.map(({edge}) => [edge.from, edge.to])")
+        assert sorted(map(tuple, drawn)) == sorted(expected)
+
+
 FIRST, SECOND = ["first 0", "first 1", "first 2"], ["second 0", "second 1"]
 
 
@@ -376,6 +396,19 @@ def test_the_keyboard_is_enough(ranks8):
     browser.switch_to.active_element.send_keys(Keys.ESCAPE)
     box(browser, "decode", "layers.2.mlp.down").send_keys(Keys.ENTER)
     assert names(browser, "decode", ".chosen") == ["layers.2.mlp.down"]
+
+
+def test_using_the_page_asks_for_nothing_and_says_nothing(ranks8):
+    _, browser = ranks8
+    click(browser, box(browser, "model", "layers.0.attn.core"))
+    click(browser, box(browser, "prefill", "layers.0.mlp.down.all_reduce"))
+    for query in ("attn", "layers.9.mlp.down", "no such thing"):
+        type_in(browser, query).send_keys(Keys.ENTER)
+    for place in ("before layers 0", "layers 39", "after layers 0"):
+        go_to(browser, place)
+    browser.find_element(By.ID, "larger").click()
+    browser.find_element(By.ID, "previous").click()
+    assert complaints(browser) == ([], [])
 
 
 # ---- it can be read
