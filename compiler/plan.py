@@ -20,7 +20,7 @@ from llmc.compiler.atb.collective import DEVICE_COUNT
 from llmc.compiler.atb.core import DTYPE_BYTES
 from llmc.compiler.build import load_model
 from llmc.compiler.diagnostics import DiagnosticError, UserError
-from llmc.compiler.hardware import Board, Device, Link, device
+from llmc.compiler.hardware import UNITS, Board, Device, Link, device
 from llmc.compiler.ir import AtbGraph, AtbNode, evaluate
 from llmc.compiler.memory import form_of, last_true, memory_plan, needed
 from llmc.compiler.ops.attention import BLOCK_SIZE
@@ -389,6 +389,7 @@ def show_plan(facts: Mapping[str, Any], width: int | None = None) -> str:
 
 def _tables(facts: Mapping[str, Any]) -> Iterator[Any]:
     cards = any(row["cards"] != row["world_size"] for row in facts["sizes"])
+    unit = table_unit(facts)
     yield _table(
         "one rank's memory (* offered by the model)",
         ["tp", *(["cards"] if cards else []), "weights", "cache", "step", "needed", "fits", "cache of a token",
@@ -397,10 +398,10 @@ def _tables(facts: Mapping[str, Any]) -> Iterator[Any]:
             [
                 f"{row['world_size']}{'*' if row['offered'] else ''}",
                 *([f"{row['cards']:g}"] if cards else []),
-                gib(row["weight_bytes"]),
-                gib(row["needed_bytes"]["cache"]),
-                gib(sum(row["needed_bytes"][key] for key in ("constants", "step_tensors", "workspace"))),
-                gib(row["needed_bytes"]["total"]),
+                gib(row["weight_bytes"], unit),
+                gib(row["needed_bytes"]["cache"], unit),
+                gib(sum(row["needed_bytes"][key] for key in ("constants", "step_tensors", "workspace")), unit),
+                gib(row["needed_bytes"]["total"], unit),
                 {None: "?", True: "yes", False: "no"}[row["fits"]],
                 f"{row['cache_bytes_per_token'] / 2**10:.1f} KiB",
                 *(str(row.get(key) or "-") for key in ("largest_batch", "largest_context")),
@@ -454,12 +455,19 @@ def closing_line(facts: Mapping[str, Any]) -> str:
     offered = ", ".join(str(row["world_size"]) for row in rows if row["offered"]) or "none"
     if facts["memory"]["usable_bytes"] is None:
         least = min(rows, key=lambda row: row["needed_bytes"]["total"])
-        return f"{what} needs {gib(least['needed_bytes']['total'])} a rank at --tp {least['world_size']}"
+        size = gib(least["needed_bytes"]["total"], table_unit(facts))
+        return f"{what} needs {size} a rank at --tp {least['world_size']}"
     fits = ", ".join(str(row["world_size"]) for row in rows if row["fits"])
     planned = ", ".join(str(row["world_size"]) for row in rows)
     verdict = f"fits at --tp {fits}" if fits else f"does not fit at --tp {planned}"
     return f"{what} {verdict} (offered: {offered})"
 
 
-def gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def gib(size: int, unit: str = "GiB") -> str:
+    return f"{size / UNITS[unit.lower()]:.2f} {unit}"
+
+
+def table_unit(facts: Mapping[str, Any]) -> str:
+    """One for all rows, so that they compare at a glance."""
+    most = max(row["needed_bytes"]["total"] for row in facts["sizes"])
+    return "GiB" if most >= 1 << 30 else "MiB"

@@ -131,6 +131,17 @@ def test_nz_weights_are_counted_in_whole_blocks(small):
     assert nz["activation_bytes_per_token"]["prefill"] > nd["activation_bytes_per_token"]["prefill"]
 
 
+def test_a_model_without_attention_has_no_cache(tmp_path):
+    path = tmp_path / "plain.yaml"
+    path.write_text(
+        "name: plain\ndtype: float16\nsizes: {max_positions: 64}\nrope: {theta: 10000.0}\n"
+        "graph:\n  e: {op: embedding, ids: token_ids, rows: 50, width: 32, weight: e}\noutputs: {logits: e}\n"
+    )
+    found = row(str(path), 1, Workload())
+    assert (found["cache_bytes_per_token"], found["needed_bytes"]["cache"]) == (0, 0)
+    assert found["weight_bytes"] == 50 * 32 * 2
+
+
 def test_one_rank_sends_nothing(small):
     found = row(small(), 1, Workload())
     assert (found["prefill"]["wire_bytes"], found["decode"]["wire_bytes"]) == (0, 0)
