@@ -179,8 +179,8 @@ function place(element, { x, y, width, height }) {
 }
 
 function frame(block, area) {
-  const open = make("button", { onclick: () => show(block, layerOf[block]) }, `${block} × ${data.blocks[block]}`);
-  const element = make("div", { class: "block", "data-block": block }, open);
+  const title = make("button", {}, `${block} × ${data.blocks[block]}`);
+  const element = make("div", { class: "block", onclick: () => show(block, layerOf[block]) }, title);
   Object.assign(element.style, { width: `${area.width}px`, height: `${area.height}px` });
   place(element, area);
   return element;

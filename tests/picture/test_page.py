@@ -280,12 +280,14 @@ def test_segments_are_told_with_the_limit_that_is_nearest(ranks8):
 
 def test_a_click_on_the_block_opens_the_lowered_layer_in_both_phases(ranks8):
     compiled, browser = ranks8
-    go_to(browser, "after layers 0")
-    click(browser, browser.find_element(By.CSS_SELECTOR, "#model .block button"))
-    for phase, low in compiled.lowered.items():
-        expected = [node.name for node in low.nodes if node.name.startswith("layers.0.")]
-        assert sorted(names(browser, phase, ".operation")) == sorted(expected)
-    assert browser.execute_script("return document.getElementById('view').value") == "layers 0"
+    for part in ("button", ""):  # its title, and its ground
+        go_to(browser, "after layers 0")
+        target = browser.find_element(By.CSS_SELECTOR, f"#model .block {part}")
+        browser.execute_script("arguments[0].scrollIntoView(); arguments[0].click()", target)
+        for phase, low in compiled.lowered.items():
+            expected = [node.name for node in low.nodes if node.name.startswith("layers.0.")]
+            assert sorted(names(browser, phase, ".operation")) == sorted(expected)
+        assert browser.execute_script("return document.getElementById('view').value") == "layers 0"
 
 
 def test_a_lowered_operation_says_shapes_letters_parameters_bytes_and_place(ranks8):
