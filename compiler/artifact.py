@@ -136,6 +136,7 @@ def _segment(part: Segment, name: str) -> dict[str, Any]:
         "host": [local[n] for n in part.graph.inputs if part.graph.tensors[n].host],
         "in_place": _written(part.graph, local),
         "counts": part.counts,
+        "bound_by": list(part.bound_by),
     }
 
 

@@ -22,8 +22,8 @@ HEAD = """# What is legal where
 
 Generated from `graphs/hardware/` and `compiler/atb/` by `python -m llmc.compiler.legality_docs`. `compiler/legality.py`
 reads the same tables when it refuses a choice, and names the row. `--allow-unsupported` passes over what a model's
-`support:` does not offer, never over these tables. A source is a section of the maintainers' reference of ATB 8.5.0, which
-is not in this repository, or the name of a refusal that the vendor's own host library gave.
+`support:` does not offer, never over these tables. A source is a section of the maintainers' reference of ATB 8.5.0,
+which is not in this repository, or the name of a refusal that the vendor's own host library gave.
 """
 KERNELS = """## Kernels
 

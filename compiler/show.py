@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llmc.compiler.artifact import default_name
 from llmc.compiler.ir import AtbGraph, AtbNode, Graph, Node, TensorType, show_shape
 from llmc.compiler.memory import memory_plan
-from llmc.compiler.passes.segment import LAYER, Segment
+from llmc.compiler.passes.segment import LAYER, Segment, why_it_ends
 from llmc.compiler.pipeline import Compiled
 
 
@@ -69,7 +69,9 @@ def _atb_line(graph: AtbGraph, node: AtbNode) -> str:
 
 def _segment_line(part: Segment) -> str:
     counts = ", ".join(f"{n} {kind}" for kind, n in part.counts.items())
-    return f"segment of {len(part.layers)} groups ({part.layers[0]} to {part.layers[-1]}): {counts}"
+    return (
+        f"segment of {len(part.layers)} groups ({part.layers[0]} to {part.layers[-1]}): {counts}; {why_it_ends(part)}"
+    )
 
 
 def summary(compiled: Compiled) -> dict[str, Any]:
@@ -83,7 +85,10 @@ def summary(compiled: Compiled) -> dict[str, Any]:
         "world_size": compiled.options.world_size,
         "operators": len(compiled.graph.nodes),
         "operations": {phase: len(low.nodes) for phase, low in compiled.lowered.items()},
-        "segments": {phase: [part.counts for part in parts] for phase, parts in compiled.segments.items()},
+        "segments": {
+            phase: [{**part.counts, "groups": len(part.layers), "bound_by": list(part.bound_by)} for part in parts]
+            for phase, parts in compiled.segments.items()
+        },
         **{key: size for key, size in memory_plan(compiled).items() if "bytes" in key},
     }
 
@@ -91,11 +96,17 @@ def summary(compiled: Compiled) -> dict[str, Any]:
 def summary_line(compiled: Compiled) -> str:
     facts = summary(compiled)
     phases = "; ".join(
-        f"{phase} {facts['operations'][phase]} operations in {_count(len(parts), 'segment')}"
+        f"{phase} {facts['operations'][phase]} operations in {_count(len(parts), 'segment')}{_bound_by(parts)}"
         for phase, parts in facts["segments"].items()
     )
     cache = f"{facts['cache_bytes_per_token'] / 1024:.1f} KiB per token"
     return f"{phases}; weights {show_bytes(facts['weight_bytes'])}, cache {cache}"
+
+
+def _bound_by(parts: Sequence[Mapping[str, Any]]) -> str:
+    """Which limits cut the model into these segments: `` (bound by nodes)``; nothing where it is one segment."""
+    limits = dict.fromkeys(limit for part in parts for limit in part["bound_by"] if limit != "end")
+    return f" (bound by {' and '.join(limits)})" if limits else ""
 
 
 def show_bytes(size: int) -> str:

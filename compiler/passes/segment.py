@@ -32,7 +32,7 @@ class Segment:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     layers: tuple[str, ...]  # "layers.0", ... and names of nodes outside layers
-    bound_by: tuple[str, ...] = ()  # why it does not go on: limits that one layer more exceeds, or "end" of the model
+    bound_by: tuple[str, ...] = ()  # limits that one group more would exceed, or "end": of the model
 
     @property
     def counts(self) -> dict[str, int]:
@@ -76,9 +76,7 @@ def segment(graph: AtbGraph, layers_per_segment: int = 0) -> tuple[Segment, ...]
     return tuple(segments)
 
 
-def _farthest(
-    groups: Sequence[tuple[str, list[AtbNode]]], start: int, max_layers: int
-) -> tuple[int, tuple[str, ...]]:
+def _farthest(groups: Sequence[tuple[str, list[AtbNode]]], start: int, max_layers: int) -> tuple[int, tuple[str, ...]]:
     """Where a segment from `start` ends at the latest, by nodes and layers alone, and why; at least one group."""
     nodes = layers = 0
     for stop in range(start, len(groups)):
@@ -93,6 +91,14 @@ def _farthest(
 def over_limits(part: Segment) -> tuple[str, ...]:
     """The limits that the segment exceeds."""
     return tuple(kind for kind, n in part.counts.items() if n > GRAPH_LIMITS[kind])
+
+
+def why_it_ends(part: Segment) -> str:
+    """`one more exceeds 256 nodes`, `--layers-per-segment` or `the model ends`"""
+    if part.bound_by == ("end",):
+        return "the model ends"
+    limits = [f"{GRAPH_LIMITS[kind]} {kind}" if kind in GRAPH_LIMITS else f"--{kind}" for kind in part.bound_by]
+    return f"one more exceeds {' and '.join(limits)}"
 
 
 def _too_large(group: tuple[str, list[AtbNode]], part: Segment) -> Diagnostic:

@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
+from llmc.compiler import show
+from llmc.compiler.artifact import make_manifest
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.pipeline import Options, compile_model
 
@@ -24,22 +27,98 @@ def test_every_segment_keeps_the_limits_and_no_layer_is_lost(model, attention, f
         assert [n.name for n in nodes] == [n.name for n in compiled.lowered[phase].nodes]
 
 
-@pytest.mark.parametrize(
-    ("world_size", "case"), [(1, "llama2-7b float16 paged"), (8, "llama2-70b rank of tp8 float16")]
-)
-def test_a_segment_holds_as_many_layers_as_the_vendors_library_accepted(world_size, case):
-    """segments.json, names reused (paged prefill, 910B): 19 layers of 13 nodes; 17 with the two AllReduce of a rank."""
+REUSED = "intermediate names reused by every layer"
+# Chip -> device and the fusions of its plain layer.
+CHIPS = {"910B": ("atlas-800i-a2", ("swiglu",)), "310P": ("atlas-300i-duo", ())}
+
+
+def recorded() -> list:
+    """The rows of segments.json whose layers are ours: float, plain, the same names in every layer."""
+    if not LAYERS.is_dir():
+        return []
+    rows = json.loads((LAYERS / "segments.json").read_text())["rows"]
+    found = []
+    for row in rows:
+        case, _, how = row["case"].partition(", ")
+        if how == REUSED and "w8a8" not in case and "int8" not in case:
+            ranks = 8 if "rank of tp8" in case else 1
+            attention, phase = case.replace(" with AllReduce", "").split(" ")[-2:]
+            found.append(pytest.param(row, ranks, attention, phase, id=f"{row['chip']}-{attention}-{phase}-{ranks}"))
+    return found
+
+
+@pytest.mark.parametrize(("row", "ranks", "attention", "phase"), recorded())
+def test_a_segment_holds_as_many_layers_as_the_vendors_library_accepted(row, ranks, attention, phase):
+    """With the counts of the library's graph; RoPE's lengths are one input more here."""
+    device, fusions = CHIPS[row["chip"]]
+    options = Options(device=device, dtype="float16", attention=attention, world_size=ranks, fusions=fusions,
+                      allow_unsupported=True)  # fmt: skip
+    parts = compile_model("llama2-70b", options).segments[phase]
+    whole = [part for part in parts if all(label.startswith("layers.") for label in part.layers)]
+    longest = max(whole, key=lambda part: len(part.layers))
+    assert len(longest.layers) == row["max_layers"]
+    counts = {**longest.counts, "inputs": longest.counts["inputs"] - 1}
+    assert [counts[kind] for kind in ("nodes", "inputs", "outputs")] == [row["nodes"], row["inputs"], row["outputs"]]
+    assert counts["internals"] <= row["internals"]
+    assert longest.bound_by == ("nodes",)
+    assert row["one_more"]["nodes"] > 256
+
+
+def test_recorded_segments_cover_both_chips_attentions_and_phases():
     if not LAYERS.is_dir():
         pytest.skip(f"no recorded layer graphs in {LAYERS} (set LLMC_ATB_LAYERS)")
-    rows = json.loads((LAYERS / "segments.json").read_text())["rows"]
-    accepted = max(
-        row["max_layers"]
-        for row in rows
-        if row["chip"] == "910B" and row["case"].startswith(f"{case} ") and "prenorm" not in row["case"].lower()
-    )
-    compiled = compile_model("llama2-70b", Options(world_size=world_size, allow_unsupported=True, fusions=("swiglu",)))
-    whole = [p for p in compiled.segments["prefill"] if all(label.startswith("layers.") for label in p.layers)]
-    assert max(len(p.layers) for p in whole) == accepted
+    assert len({param.id for param in recorded()}) == 9
+
+
+@pytest.mark.parametrize(
+    ("layers", "limit", "words"),
+    [(0, "nodes", "one more exceeds 256 nodes"), (8, "layers-per-segment", "one more exceeds --layers-per-segment")],
+)
+def test_manifest_and_reports_say_which_limit_binds(layers, limit, words):
+    compiled = compile_model("llama2-7b", Options(layers_per_segment=layers))
+    for phase, parts in compiled.segments.items():
+        told = [part["bound_by"] for part in make_manifest(compiled)["phases"][phase]["segments"]]
+        assert told == [[limit]] * (len(parts) - 1) + [["end"]]
+        assert [part["bound_by"] for part in show.summary(compiled)["segments"][phase]] == told
+        assert (
+            f"{phase} {len(compiled.lowered[phase].nodes)} operations in {len(parts)} segments (bound by {limit})"
+            in (show.summary_line(compiled))
+        )
+    assert show.show_model(compiled).count(words) == sum(len(parts) - 1 for parts in compiled.segments.values())
+    assert show.show_model(compiled).count("the model ends") == len(compiled.segments)
+
+
+def test_inputs_and_internals_bind_where_it_is_they_that_are_exceeded(tmp_path):
+    many_weights = {
+        f"n{n}": {"op": "linear", "x": f"n{n - 1}" if n else "x", "out": 32,
+                  "weight": f"l.{{i}}.{n}.w", "bias": f"l.{{i}}.{n}.b"}
+        for n in range(10)
+    }  # fmt: skip
+    layers = {"layers": {"repeat": 40, "carry": {"x": "embed"}, "nodes": many_weights, "next": {"x": "n9"}}}
+    assert bound_by(tmp_path, layers, last="layers.x") == {"inputs"}
+
+    outside: dict[str, dict] = {}  # outside layers every value has a name of its own: 4 nodes make 6 here
+    before = "embed"
+    for n in range(80):
+        parts = {part: {"out": 32, "weight": f"{n}.{part}"} for part in "abc"}
+        outside[f"n{n}"] = {"op": "linear", "x": before, "parts": parts}
+        outside[f"s{n}"] = {"op": "add", "a": f"n{n}.a", "b": f"n{n}.b"}
+        before = f"t{n}"
+        outside[before] = {"op": "add", "a": f"s{n}", "b": f"n{n}.c"}
+    assert bound_by(tmp_path, outside, last=before) == {"internals"}
+
+
+def bound_by(folder: Path, nodes: dict[str, dict], last: str) -> set[str]:
+    """The limits that cut a model of these nodes between an embedding and a head."""
+    embed = {"op": "embedding", "ids": "token_ids", "rows": 64, "width": 32, "weight": "embed"}
+    head = {"op": "linear", "x": last, "out": 64, "weight": "head"}
+    model = {"name": "cut", "dtype": "float16", "inputs": ["token_ids"], "sizes": {"max_positions": 64},
+             "graph": {"embed": embed, **nodes, "head": head}, "outputs": {"logits": "head"}}  # fmt: skip
+    path = folder / "cut.yaml"
+    path.write_text(yaml.safe_dump(model, sort_keys=False))
+    parts = [part for parts in compile_model(str(path), Options()).segments.values() for part in parts]
+    assert len(parts) > 2
+    return {limit for part in parts for limit in part.bound_by} - {"end"}
 
 
 def test_equal_segments_share_one_function():
