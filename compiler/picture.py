@@ -37,7 +37,7 @@ from llmc.compiler.listing import LAYER, in_layer, plain_param
 from llmc.compiler.memory import known_bytes
 from llmc.compiler.ops import OPS
 from llmc.compiler.ops.attention import BLOCK_SIZE
-from llmc.compiler.passes.segment import Segment
+from llmc.compiler.passes.segment import Segment, why_it_ends
 from llmc.compiler.pipeline import Compiled
 from llmc.compiler.show import head_line, show_bytes, summary
 
@@ -94,9 +94,7 @@ def picture(compiled: Compiled) -> Row:
     return {
         "head": head_line(compiled),
         "facts": _facts(compiled),
-        "world_size": graph.world_size,
         "blocks": blocks,
-        "limits": {kind: GRAPH_LIMITS[kind] for kind in ("nodes", "inputs", "outputs", "internals")},
         "model": _model(graph, blocks, steps, done_by),
         "views": _views(blocks),
         "phases": {phase: _phase(compiled, phase, blocks) for phase in compiled.segments},
@@ -293,10 +291,9 @@ def _operations_of(compiled: Compiled, phase: str, steps: Stages) -> dict[str, l
 
 def _views(blocks: Mapping[str, int]) -> list[str]:
     """Parts of a phase that are drawn by themselves: `before layers`, `layers`, `after layers`."""
-    names = list(blocks)
-    return [*(f"before {name}" for name in names[:1]), *(v for name in names for v in (name, f"after {name}"))] or [
-        "model"
-    ]
+    if not blocks:
+        return ["model"]
+    return [f"before {next(iter(blocks))}", *(view for name in blocks for view in (name, f"after {name}"))]
 
 
 def _phase(compiled: Compiled, phase: str, blocks: Mapping[str, int]) -> Row:
@@ -330,7 +327,12 @@ def _phase(compiled: Compiled, phase: str, blocks: Mapping[str, int]) -> Row:
 
 
 def _segment(part: Segment, blocks: Mapping[str, int]) -> Row:
-    return {"layers": [list(_label(name, blocks) or (name, -1)) for name in part.layers], "counts": part.counts}
+    """Which layers and outer operations it holds; layer -1: none."""
+    return {
+        "layers": [list(_label(name, blocks) or (name, -1)) for name in part.layers],
+        "counts": ", ".join(f"{count} of {GRAPH_LIMITS[kind]} {kind}" for kind, count in part.counts.items()),
+        "ends": why_it_ends(part),
+    }
 
 
 def _drawing(

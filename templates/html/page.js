@@ -26,18 +26,17 @@ function drawingOf(phase, view, layer) {
   return kinds[kind_of[layer]];
 }
 
-/** Where the node of that full name stands: {where, view, layer, node}, or undefined. */
+/** Where the operation of that full name stands: {where, view, layer, node}, or undefined. */
 function find(name, places = phases) {
   const match = name.match(/^(.*?)\.(\d+)\./);
   const inBlock = match && isBlock(match[1]);
-  const views = inBlock ? [match[1]] : data.views.filter((view) => !isBlock(view));
   const layer = inBlock ? Number(match[2]) : 0;
   if (inBlock && layer >= data.blocks[match[1]]) return undefined;
+  const views = inBlock ? [match[1]] : data.views.filter((view) => !isBlock(view));
   for (const where of places) {
-    for (const view of where === "model" ? [views[0]] : views) {
-      const nodes = where === "model" ? modelNodes(inBlock ? view : "", layer) : drawingOf(where, view, layer).nodes;
-      const node = nodes.find((n) => at(n.id, layer) === name);
-      if (node) return { where, view: where === "model" && !inBlock ? "" : view, layer, node };
+    for (const view of views) {
+      const node = drawingOf(where, view, layer).nodes.find((n) => at(n.id, layer) === name);
+      if (node) return { where, view, layer, node };
     }
   }
   return undefined;
@@ -48,6 +47,9 @@ function modelNodes(block, layer) {
   const { kinds, kind_of } = data.model.blocks[block];
   return kinds[kind_of[layer]].nodes;
 }
+
+/** Full names of the operations that compute the operator in a phase. */
+const linksOf = (node, phase, layer) => (node.links[phase] || []).map((link) => at(link, layer));
 
 // ---- elements
 
@@ -239,7 +241,8 @@ function show(view, layer) {
     (model ? ["model", ...phases] : phases).forEach(center);
     byId("view").value = place;
     byId("alike").textContent = alike(view, layer);
-    for (const cell of document.querySelectorAll(".cell")) cell.classList.toggle("current", cell.dataset.place === place);
+    const cells = document.querySelectorAll(".cell");
+    cells.forEach((cell) => cell.classList.toggle("current", cell.dataset.place === place));
     mark();
   }
 }
@@ -251,7 +254,8 @@ function alike(view, layer) {
   for (let other = 0; other < data.blocks[view]; other += 1) {
     if (phases.every((p) => drawingOf(p, view, other) === drawingOf(p, view, layer))) same.push(other);
   }
-  return same.length > 1 ? `${same.length} layers are like this one: ${same[0]} to ${same[same.length - 1]}` : "no other layer is like this one";
+  if (same.length < 2) return "no other layer is like this one";
+  return `${same.length} layers are like this one: ${same[0]} to ${same[same.length - 1]}`;
 }
 
 function step(by) {
@@ -269,7 +273,8 @@ function placeOf(text) {
 
 function chooseOperator(node, layer) {
   const inBlock = Object.keys(data.blocks).find((block) => at(node.id, layer).startsWith(`${block}.${layer}.`));
-  const first = phases.flatMap((phase) => (node.links[phase] || []).map((link) => find(at(link, layer), [phase]))).find(Boolean);
+  const found = phases.flatMap((phase) => linksOf(node, phase, layer).map((link) => find(link, [phase])));
+  const first = found.find(Boolean);
   if (inBlock) show(inBlock, layer);
   else if (first) show(first.view, first.layer);
   choose("model", node, inBlock || "", layer);
@@ -313,7 +318,7 @@ function bringIntoSight(selector) {
 function operatorsOf(phase, name, view, layer) {
   const found = [];
   const look = (nodes, i) => {
-    for (const node of nodes) if ((node.links[phase] || []).some((link) => at(link, i) === name)) found.push([node, i]);
+    for (const node of nodes) if (linksOf(node, phase, i).includes(name)) found.push([node, i]);
   };
   look(data.model.outside.nodes, 0);
   for (const [block, count] of Object.entries(data.blocks)) {
@@ -332,7 +337,7 @@ function mark() {
     const { where, node, view, layer } = chosen;
     for (const [operator, i] of where === "model" ? [[node, layer]] : operatorsOf(where, name, view, layer)) {
       linked.add(`model ${at(operator.id, i)}`);
-      for (const phase of phases) (operator.links[phase] || []).forEach((id) => linked.add(`${phase} ${at(id, i)}`));
+      for (const phase of phases) linksOf(operator, phase, i).forEach((id) => linked.add(`${phase} ${id}`));
     }
   }
   for (const where of ["model", ...phases]) {
@@ -373,7 +378,7 @@ function describe(where, node, view, layer) {
     const number = parts.findIndex((part) => part.layers.some((label) => label.join(" ") === key));
     if (number >= 0) rows.push(["segment", make("td", {}, `${number + 1} of ${parts.length}`)]);
   }
-  if (!node.details.length) rows.unshift(...node.lines.map((l) => ["type", make("td", {}, `${l[2]} `, ...letters(node.letter))]));
+  if (!node.details.length) rows.push(["type", make("td", {}, `${node.lines[0][2]} `, ...letters(node.letter))]);
   const place = where === "model" ? "model" : `${where}, ${viewName(view, layer)}`;
   const close = make("button", { class: "close", title: "close ( Escape )", onclick: () => choose("", null) }, "×");
   byId("details").replaceChildren(
@@ -394,7 +399,8 @@ const entryOf = new Map();
 
 function addToIndex(where, view, node, kind_of, kind) {
   const entry = { where, view, node, kind_of, kind };
-  const said = [node.title, node.name, node.place, ...[...node.lines, ...node.details].map((l) => l.filter(Boolean).join(" "))];
+  const lines = [...node.lines, ...node.details].map((one) => one.filter(Boolean).join(" "));
+  const said = [node.title, node.name, node.place, ...lines];
   entry.said = said;
   entry.texts = said.map((text) => text.toLowerCase());
   index.push(entry);
@@ -416,7 +422,8 @@ function buildIndex() {
   }
 }
 
-/** Words of a query; the first number between dots may be a layer: `layers.5.attn` is also looked for as `layers.{i}.attn`. */
+/** Words of a query. The first number after a dot may be a layer: `layers.5.attn` is also looked for as
+    `layers.{i}.attn`. */
 function wordsOf(query) {
   return query.toLowerCase().split(/\s+/).filter(Boolean).map((word) => {
     const match = word.match(/^(.*?(?:^|\.))(\d+)((?:\.|$).*)$/);
@@ -523,23 +530,25 @@ function keys(event) {
 
 function header() {
   byId("head").textContent = data.head;
-  byId("facts").append(...data.facts.map(([label, text]) => make("div", {}, make("dt", {}, label), make("dd", {}, text))));
+  for (const [label, text] of data.facts) {
+    byId("facts").append(make("div", {}, make("dt", {}, label), make("dd", {}, text)));
+  }
   for (const phase of phases) {
-    byId("segments").append(make("h3", {}, phase), make("div", { class: "strip" }, ...data.phases[phase].segments.map(segment)));
+    const strip = make("div", { class: "strip" }, ...data.phases[phase].segments.map(segment));
+    byId("segments").append(make("h3", {}, phase), strip);
   }
 }
 
-function segment({ layers, counts }, number, all) {
-  const said = Object.entries(data.limits).map(([kind, limit]) => `${counts[kind]} of ${limit} ${kind}`);
-  const fullest = Object.entries(data.limits).map(([kind, limit]) => counts[kind] / limit);
-  const title = make("p", {}, `segment ${number + 1} of ${all.length}: ${said[fullest.indexOf(Math.max(...fullest))]}`);
+function segment({ layers, counts, ends }, number, all) {
+  const title = make("p", {}, `segment ${number + 1} of ${all.length}: ${ends}`);
   const cells = layers.map(([name, layer]) => {
     const target = layer < 0 ? phases.map((phase) => find(name, [phase])).find(Boolean) : { view: name, layer };
     const [view, place] = target ? [target.view, target.layer] : [data.views[0], 0];
     const text = layer < 0 ? name : String(layer);
-    return make("button", { class: "cell", "data-place": `${view} ${place}`, title: text, onclick: () => show(view, place) }, text);
+    const go = () => show(view, place);
+    return make("button", { class: "cell", "data-place": `${view} ${place}`, title: text, onclick: go }, text);
   });
-  return make("div", { class: "segment", title: said.join(", ") }, title, make("div", { class: "cells" }, ...cells));
+  return make("div", { class: "segment", title: counts }, title, make("div", { class: "cells" }, ...cells));
 }
 
 function start() {
