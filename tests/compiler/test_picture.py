@@ -71,9 +71,7 @@ def test_layers_share_drawings_and_none_is_lost(ranks8):
 
 def test_a_layer_of_its_own_dtype_is_drawn_as_it_is(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text(
-        "extends: llama2-7b\nname: mine\npolicy:\n  - {nodes: layers.*.mlp.*, layers: 3, dtype: float32}\n"
-    )
+    path.write_text("extends: llama2-7b\nname: mine\npolicy:\n  - {nodes: layers.*.mlp.*, layers: 3, dtype: float32}\n")
     compiled = compile_model(str(path), Options(device="host"))
     data = picture.picture(compiled)
     kinds = data["model"]["blocks"]["layers"]["kind_of"]
