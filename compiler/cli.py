@@ -165,6 +165,12 @@ def ops_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--json", action="store_true")
 
 
+def env_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--device", default="atlas-800i-a2", help="atlas-800i-a2 (default), atlas-300i-duo or host")
+    p.add_argument("--attention", default="paged", help="paged (default) or flash")
+    p.add_argument("--json", action="store_true", help="the variables as one JSON object")
+
+
 def run_flags(p: argparse.ArgumentParser) -> None:
     from llmc.runtime.flags import add_run_flags
 
@@ -340,6 +346,16 @@ def ops_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def env_command(args: argparse.Namespace) -> int:
+    from llmc.compiler import environment
+
+    if args.json:
+        print(json.dumps({"ok": True, **environment.facts(args.device, args.attention)}, indent=1))
+    else:
+        print(environment.exports(args.device, args.attention))
+    return 0
+
+
 def schema_command(args: argparse.Namespace) -> int:
     from llmc.compiler.schema import schema
 
@@ -388,6 +404,7 @@ COMMANDS: dict[str, tuple[Callable, Callable[[argparse.ArgumentParser], None], s
     "plan": (plan_command, plan_flags, "bytes, traffic, FLOPs and times of one rank, for every world size"),
     "init": (init_command, init_flags, "print the YAML of a new variant from a checkpoint's config.json"),
     "ops": (ops_command, ops_flags, "list the operators of the language, or explain one"),
+    "env": (env_command, env_flags, "print the environment variables of a device, with a word on each"),
     "schema": (schema_command, lambda p: None, "print the JSON Schema of model files, for editors"),
     "run": (run_command, run_flags, "generate text with a checkpoint"),
     "demo": (demo_command, demo_flags, "fetch a small real model, compile it and answer a question on this machine"),

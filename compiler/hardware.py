@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 import yaml
 from llmc.compiler.diagnostics import UserError, did_you_mean
@@ -49,6 +50,18 @@ class Link:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Variable:
+    """An environment variable of the seed document."""
+
+    name: str
+    value: str
+    does: str
+    read: bool | None  # whether anything reads it today; None: no reader is known
+    today: str
+    choose: bool = False  # an example that users replace
+
+
+@dataclass(frozen=True, kw_only=True)
 class Device:
     """What the compiler and the runtime need to know of a device."""
 
@@ -67,7 +80,14 @@ class Device:
     ceiling: int | None  # bytes that a rank uses at most where nobody says how much memory there is
     ranks_per_card: int
     link: Link | None
-    environment: Mapping[str, Mapping[str, str]]  # "common" and attention mode -> variables
+    variables: Mapping[str, tuple[Variable, ...]]  # "common" and attention mode -> what the seed document exports
+
+    @property
+    def environment(self) -> Mapping[str, Mapping[str, str]]:
+        """ "common" and attention mode -> values to apply by name; what users choose for themselves is not there."""
+        return {
+            mode: {v.name: v.value for v in variables if not v.choose} for mode, variables in self.variables.items()
+        }
 
 
 def device_names() -> list[str]:
@@ -101,5 +121,10 @@ def device(name: str) -> Device:
         ceiling=parse_size(data["ceiling"]) if data["ceiling"] else None,
         ranks_per_card=data["ranks_per_card"],
         link=Link(**data["link"]) if data["link"] else None,
-        environment=data["environment"],
+        variables={mode: tuple(map(_variable, entries.items())) for mode, entries in data["environment"].items()},
     )
+
+
+def _variable(entry: tuple[str, Mapping[str, Any]]) -> Variable:
+    name, said = entry
+    return Variable(name=name, **{**said, "read": None if said["read"] == "unknown" else said["read"]})
