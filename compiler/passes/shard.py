@@ -47,9 +47,14 @@ def shard(graph: Graph, world_size: int) -> Graph:
                      for v in node.inputs.values()]  # fmt: skip
             try:
                 sharding = OPS[node.op].shard(node, lying, world_size)
-                return replace(node, inputs={s: whole(v, letters) for s, v in node.inputs.items()}), sharding
             except NoRule as error:
                 first = first or error
+                continue
+            try:
+                return replace(node, inputs={s: whole(v, letters) for s, v in node.inputs.items()}), sharding
+            except NoRule as error:
+                why = f"{first.message if first else ''}, and it cannot be made whole: {error.message}"
+                raise NoRule(why, code=error.code, **error.details) from None
         assert first is not None
         raise first
 

@@ -264,7 +264,7 @@ REFUSED = {
     ),
     "a norm over a kv head that several ranks hold": (
         QK + "  y: {op: rms_norm, x: x.k, eps: 1.0e-5, weight: n}\n", 3,
-        ["'y' (rms_norm)", "S(1)", "R on every input"],
+        ["'y' (rms_norm)", "cannot be made whole", "S(1)", "no head on two ranks"],
     ),
     "a row split over a kv head that several ranks hold": (
         QK + "  y: {op: linear, x: x.k, out: 32, weight: w, tp: row}\n", 3,
