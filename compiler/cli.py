@@ -106,7 +106,7 @@ def compile_flags(p: argparse.ArgumentParser) -> None:
 
 def graph_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("graph", help="a YAML file, or the name of a packaged model")
-    p.add_argument("--device", default="atlas-800i-a2", help="atlas-800i-a2 (default) or host")
+    p.add_argument("--device", default="atlas-800i-a2", help="atlas-800i-a2 (default), atlas-300i-duo or host")
     p.add_argument("--dtype", help="float16, bfloat16; on host also float32 (default: the model's)")
     p.add_argument("--attention", default="paged", help="paged (default) or flash")
     p.add_argument(

@@ -94,7 +94,7 @@ def over_limits(part: Segment) -> tuple[str, ...]:
 
 
 def why_it_ends(part: Segment) -> str:
-    """`one more exceeds 256 nodes`, `--layers-per-segment` or `the model ends`"""
+    """`one more exceeds 256 nodes`, `one more exceeds --layers-per-segment` or `the model ends`"""
     if part.bound_by == ("end",):
         return "the model ends"
     limits = [f"{GRAPH_LIMITS[kind]} {kind}" if kind in GRAPH_LIMITS else f"--{kind}" for kind in part.bound_by]

@@ -196,3 +196,15 @@ def test_a_fusion_of_the_device_is_left_out_and_one_asked_for_is_refused_where_r
 def test_the_page_is_what_the_tables_say():
     stored = (Path(__file__).parents[2] / "docs/legality.md").read_text(encoding="utf-8")
     assert stored == page(), "run: python -m llmc.compiler.legality_docs > docs/legality.md"
+
+
+@pytest.mark.parametrize(("head_dim", "words"), [(24, "a multiple of 16"), (8, "16 to 4096"), (512, "at most 256")])
+@pytest.mark.parametrize("attention", ["paged", "flash"])
+def test_a_head_size_that_the_kernels_of_310p_have_not_is_refused_at_its_node(head_dim, words, attention, tmp_path):
+    path = tmp_path / "model.yaml"
+    path.write_text(f"extends: llama2-7b\nname: heads\nsizes: {{layers: 1, heads: 4, head_dim: {head_dim}}}\n")
+    options = Options(device="atlas-300i-duo", attention=attention, world_size=1, allow_unsupported=True)
+    with pytest.raises(DiagnosticError, match=words) as refused:
+        compile_model(str(path), options)
+    assert {problem.code for problem in refused.value.diagnostics} == {"E402"}
+    assert all(problem.place for problem in refused.value.diagnostics)
