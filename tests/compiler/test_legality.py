@@ -12,11 +12,13 @@ import yaml
 from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.atb.collective import domain_fits
 from llmc.compiler.atb.core import AtbError, Desc
+from llmc.compiler.build import load_model
 from llmc.compiler.diagnostics import DiagnosticError, UserError
 from llmc.compiler.hardware import device, device_names
 from llmc.compiler.legality import problems
 from llmc.compiler.legality_docs import page
 from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.source import catalogue
 from test_lowering import LAYERS, RECORDED
 
 ENTRIES: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "refusals.yaml").read_text())
@@ -208,3 +210,15 @@ def test_a_head_size_that_the_kernels_of_310p_have_not_is_refused_at_its_node(he
         compile_model(str(path), options)
     assert {problem.code for problem in refused.value.diagnostics} == {"E402"}
     assert all(problem.place for problem in refused.value.diagnostics)
+
+
+@pytest.mark.parametrize("name", catalogue())
+def test_what_the_catalogue_offers_is_legal(name):
+    model = load_model(name)
+    assert model.support
+    for target, offer in model.support.items():
+        for dtype in offer.get("dtypes", device(target).dtypes):
+            for attention in offer.get("attention", device(target).attention):
+                for world_size in offer["tp"]:
+                    choice = {"dtype": dtype, "attention": attention, "world_size": world_size}
+                    assert not list(problems(device(target), choice))
