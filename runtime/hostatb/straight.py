@@ -43,7 +43,8 @@ def straight_line(
         lines += [f"  del s{slot}" for slot in step.frees]
     lines += [" except AtbError as error:", "  raise located(steps[at], error) from None"]
     lines.append(f" return [{', '.join(f's{slot}' for slot in range(inputs, inputs + outputs))}]")
-    exec("\n".join(lines), names)
+    # Compiled first: an interrupt inside exec of a text makes Python exit as if nobody had caught it.
+    exec(compile("\n".join(lines), "<straight>", "exec"), names)
     return names["run"]
 
 
