@@ -8,7 +8,7 @@ Tensors are bound by the names of the manifest. Nothing here knows a model: orde
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -45,13 +45,13 @@ class Executor:
         if hasattr(atb, "use_chip"):  # hostatb obeys the rules of the chip that the artifact was compiled for
             atb.use_chip(self.manifest["chip"])
         ranks = (rank, self.manifest["world_size"], comm_domain, rank_table_file)
-        self.phases: dict[str, list[tuple[Any, list[str], list[str]]]] = {}
+        self.phases: dict[str, list[tuple[Any, list[str], list[str], list[str]]]] = {}
         for phase, entry in self.manifest["phases"].items():
             operations = load_module(artifact, entry["module"])["build"](atb, *ranks)
             segments = entry["segments"]
             self.phases[phase] = [
-                (operation, part["inputs"], part["outputs"])
-                for operation, part in zip(operations, segments, strict=True)
+                (operation, part["inputs"], part["outputs"], done)
+                for operation, part, done in zip(operations, segments, last_reads(segments), strict=True)
             ]
 
     def run(self, phase: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -63,10 +63,19 @@ class Executor:
         if missing:
             raise UserError(f"{phase} needs the inputs {', '.join(missing)}")
         live: dict[str, torch.Tensor] = {**self.tensors, **inputs}
-        for operation, names, outputs in self.phases[phase]:
+        for operation, names, outputs, done in self.phases[phase]:
             results = operation.forward([live[name] for name in names])
             live.update(zip(outputs, results, strict=True))
+            for name in done:
+                del live[name]
         return live["logits"].flatten(1)  # ranks' shares stand side by side: [B, W, vocab / W]
+
+
+def last_reads(segments: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """For each segment, what segments made and none behind it reads."""
+    made = {name for part in segments for name in part["outputs"]}
+    last = {name: i for i, part in enumerate(segments) for name in part["inputs"] if name in made}
+    return [[name for name, at in last.items() if at == i] for i in range(len(segments))]
 
 
 def mismatches(manifest: Mapping[str, Any], tensors: Mapping[str, Any]) -> Iterator[str]:

@@ -154,6 +154,7 @@ RUN_FLAGS: tuple[Flag, ...] = (
     Flag("max_prefill_tokens", whole, -1, "most prompt tokens in one prefill (default: all prompts of the batch)", PA),
     Flag("block_size", positive, BLOCK_SIZE, f"tokens in a block of the paged cache; always {BLOCK_SIZE}", PA),
     Flag("num_blocks", positive, None, "blocks of the paged cache (default: enough for the batch)", OURS),
+    Flag("memory", str, None, "of one rank, as 32GiB or 29GB: the cache gets what is left (or MAX_MEMORY_GB)", OURS),
     # sampling
     Flag("temperature", float, None, "above 0; 0 is greedy (default 1.0)", PA),
     Flag("top_k", int, None, "1 is greedy, 0 or -1 off (default: 1, or 0 when other sampling flags ask to sample)", PA),

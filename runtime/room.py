@@ -20,6 +20,7 @@ from llmc.compiler.memory import last_true, needed
 from llmc.compiler.show import show_bytes
 from llmc.runtime.blocks import BLOCK_SIZE, blocks_for
 
+GIB = 1 << 30
 PREFILL_TOKENS = 4096  # of one prefill step, or one sequence if it is longer
 
 
@@ -55,7 +56,7 @@ def memory_limit(flag: str | None, target: Device, environment: Mapping[str, str
         return None
     if not text.isdecimal() or not 0 < int(text) < 2**20:
         raise UserError(f"MAX_MEMORY_GB={text}: expected a whole number of GiB, at least 1")
-    return Limit(usable=int(text) << 30, source=f"MAX_MEMORY_GB={text}")
+    return Limit(usable=int(text) * GIB, source=f"MAX_MEMORY_GB={text}")
 
 
 def make_room(

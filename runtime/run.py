@@ -14,6 +14,7 @@ import contextlib
 import contextvars
 import csv
 import json
+import os
 import re
 import sys
 import tempfile
@@ -30,14 +31,16 @@ from llmc.compiler.build import load_model
 from llmc.compiler.checkpoint import check_artifact_config, check_config, choose_variant, read_config
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.hardware import device as device_profile
+from llmc.compiler.hardware import device_names
 from llmc.compiler.pipeline import Options, compile_model
-from llmc.runtime import npu
-from llmc.runtime.blocks import BLOCK_SIZE, blocks_for
+from llmc.runtime import binding, npu
+from llmc.runtime.blocks import BLOCK_SIZE
 from llmc.runtime.engine import Engine, Output, check_prompt
 from llmc.runtime.executor import Executor
 from llmc.runtime.flags import DEFAULT_QUESTION, attention_of, check_run_flags, dtype_of, sampling_of, words_of
 from llmc.runtime.hostatb.numeric import free_memory
 from llmc.runtime.ranks import Team
+from llmc.runtime.room import Room, make_room, memory_limit
 from llmc.runtime.runner import is_paged, make_caches, make_constants
 from llmc.runtime.sampling import Sampler, SamplingParams
 from llmc.runtime.tokenizer import Tokenizer, eos_ids, load_tokenizer
@@ -87,6 +90,7 @@ def prepare(args: argparse.Namespace, team: Team | None, cleanup: contextlib.Exi
     longest = min(sizes["max_positions"], args.max_position_embeddings or sizes["max_positions"])
     for index, prompt in enumerate(ids):
         check_prompt(index, prompt, vocab=sizes["vocab"], max_length=longest)
+    room_for(args, artifact.manifest, ids, params)
     return Asked(params=params, tokenizer=tokenizer, prompts=prompts, ids=ids, artifact=artifact)
 
 
@@ -356,9 +360,13 @@ def on_npu(device: str) -> bool:
 
 
 def default_device(torch_device: str | None) -> str:
-    """The NPU's profile where torch_npu and torch_atb are installed and no other place is asked for, else the host."""
+    """The device of this host's NPU where torch_npu and torch_atb are installed and no other place is asked for, else the
+    host."""
     elsewhere = torch_device is not None and not torch_device.startswith("npu")
-    return "atlas-800i-a2" if npu.available() and not elsewhere else "host"
+    if elsewhere or not npu.available():
+        return "host"
+    chip = npu.installed_chip()
+    return next((name for name in device_names() if device_profile(name).chip == chip), "atlas-800i-a2")
 
 
 def open_device(
@@ -382,7 +390,11 @@ def open_device(
                 f"--torch-device {wanted}: each of {team.place.local_world_size} ranks needs an NPU of its own",
                 hint="--torch-device npu; ASCEND_RT_VISIBLE_DEVICES chooses which",
             )
-        npu.set_device((team.place.local_rank if team else 0) if index is None else index)
+        own = (team.place.local_rank if team else 0) if index is None else index
+        npu.set_device(own)
+        bound = binding.bind(range(team.place.local_world_size) if team else [own], own)
+        if bound and bound.why:
+            note(str(bound))
         npu.check_chip(manifest["chip"])
         if team and not team.alone:
             ranks["rank_table_file"] = npu.check_backend(manifest["backend"], one_host=team.place.one_host)
@@ -407,8 +419,7 @@ def make_engine(
     params: SamplingParams,
     team: Team | None = None,
 ) -> Engine:
-    """Weights and caches in place, and the ranks together. The cache holds the whole batch at its longest, unless
-    --num-blocks says less."""
+    """Weights and caches in place, and the ranks together."""
     manifest = artifact.manifest
     limit = manifest["sizes"]["max_positions"]
     if args.max_position_embeddings and args.max_position_embeddings > limit:
@@ -416,16 +427,14 @@ def make_engine(
     limit = min(limit, args.max_position_embeddings or limit)
     if max(map(len, prompts)) < limit < max(map(len, prompts)) + params.max_tokens:
         note(f"answers end where a sequence has {limit} tokens in all, prompt included")
-    longest = min(limit, max(map(len, prompts)) + params.max_tokens)
-    max_batch = min(len(prompts), args.batch_size or len(prompts))
-    needed = sorted((blocks_for(min(limit, len(p) + params.max_tokens), BLOCK_SIZE) for p in prompts), reverse=True)
-    sizes = {"N": args.num_blocks or sum(needed[:max_batch]), "B": max_batch, "S": longest}
-    budget = args.max_prefill_tokens if args.max_prefill_tokens > 0 else max(4096, *map(len, prompts), longest)
+    room = room_for(args, manifest, prompts, params)
+    if room.note:
+        note(room.note)
     atb, device, ranks = open_device(manifest, args.torch_device, team)
     if team:
         team.meet()
     note_memory(manifest["memory"]["weight_bytes"] * (team.place.local_world_size if team else 1), device)
-    caches = make_caches(manifest, sizes, device)
+    caches = make_caches(manifest, room.sizes, device)
     weights = load_weights(
         manifest["weights"],
         args.model_path,
@@ -437,7 +446,7 @@ def make_engine(
     constants = make_constants(manifest, limit, device)
     executor = Executor(artifact, atb, weights=weights, constants=constants, caches=caches, **ranks)
     if is_paged(manifest):
-        limit = min(limit, sizes["N"] * BLOCK_SIZE)
+        limit = min(limit, room.sizes["N"] * BLOCK_SIZE)
     elif args.num_blocks:
         note("--num-blocks is for the paged cache; flash attention has a row a sequence")
     return Engine(
@@ -445,11 +454,30 @@ def make_engine(
         executor,
         tokenizer,
         caches=caches,
-        max_batch=max_batch,
-        max_prefill_tokens=budget,
+        max_batch=room.max_batch,
+        max_prefill_tokens=room.prefill_tokens,
         max_length=limit,
         device=device,
         sampler=team.sampler(Sampler()) if team else None,
+    )
+
+
+def room_for(
+    args: argparse.Namespace, manifest: Mapping[str, Any], prompts: Sequence[Sequence[int]], params: SamplingParams
+) -> Room:
+    """The cache and the batch: the whole batch at its longest, unless --num-blocks or the memory says less. UserError
+    where what is asked for does not fit."""
+    target, positions = device_profile(manifest["device"]), manifest["sizes"]["max_positions"]
+    profile = target.environment.get("common", {}) if on_npu(target.name) else {}
+    return make_room(
+        manifest,
+        [len(prompt) for prompt in prompts],
+        answer=params.max_tokens,
+        max_batch=args.batch_size or len(prompts),
+        positions=min(positions, args.max_position_embeddings or positions),
+        blocks=args.num_blocks,
+        prefill_tokens=args.max_prefill_tokens if args.max_prefill_tokens > 0 else None,
+        limit=memory_limit(args.memory, target, {**profile, **os.environ}),
     )
 
 

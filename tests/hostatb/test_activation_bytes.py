@@ -48,7 +48,7 @@ class Meter:
 
     def watch(self, executor: Executor, patch: pytest.MonkeyPatch) -> None:
         for phase, parts in executor.phases.items():
-            self.segments |= {id(operation): (phase, i) for i, (operation, _, _) in enumerate(parts)}
+            self.segments |= {id(operation): (phase, i) for i, (operation, *_) in enumerate(parts)}
         forward, plain_line = Operation.forward, graphs.straight_line
         fixed = storages(executor.tensors.values())
 
@@ -155,7 +155,7 @@ def test_where_layers_share_names_one_value_more_is_held_than_planned(dtype, rew
 
 
 @pytest.mark.parametrize("attention", ["paged", "flash"])
-@pytest.mark.parametrize("layers", [0, 3])
+@pytest.mark.parametrize("layers", [0, 1, 3])
 def test_what_segments_hand_over_is_what_the_executor_keeps(attention, layers, tmp_path, monkeypatch):
     """Inputs of the step that lie on the host are not counted by the plan; here all memory is the host's."""
     options = Options(**LOOSE, attention=attention, layers_per_segment=layers)

@@ -6,15 +6,20 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
 import torch
+from llmc.compiler.artifact import make_manifest
 from llmc.compiler.checkpoint import read_config, variant_from_config
 from llmc.compiler.cli import main
 from llmc.compiler.diagnostics import UserError
+from llmc.compiler.memory import needed
+from llmc.compiler.pipeline import Options, compile_model
 from llmc.runtime.flags import add_run_flags
 from llmc.runtime.run import read_prompts, replicate
+from llmc.runtime.runner import make_caches
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 PROMPTS = [[1, 5, 9, 2], [3] * 11, [7]]
@@ -396,3 +401,90 @@ def test_only_a_single_prompt_is_repeated():
     assert replicate(["a"], 3) == ["a"] * 3
     assert replicate(["a", "b"], 3) == ["a", "b"]
     assert replicate(["a"], None) == ["a"]
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def bytes_needed(checkpoint: Path, blocks: int, tokens: int) -> int:
+    """Of three sequences that fill at most a block each, by the plan."""
+    manifest = make_manifest(compile_model(str(checkpoint / "mine.yaml"), Options(device="host", dtype="float32")))
+    found = needed(manifest["memory"], tokens=tokens, batch=3, context=16, positions=64, blocks=blocks)
+    return found["total"]
+
+
+def test_the_cache_has_the_blocks_that_the_memory_holds(checkpoint, capsys, monkeypatch):
+    """Three sequences want a block each; with two, or with one, they take turns and say the same. Those that lose their
+    block are read again with their answers: 6 + 13 + 3 tokens, not 4 + 11 + 1."""
+    ids = [",".join(map(str, p)) for p in PROMPTS]
+    words = ["--input-ids", *ids, "--max-output-length", "2", "--ignore-eos", "--json"]
+    seen: list[int] = []
+
+    def watched(manifest: Any, sizes: Any, device: Any) -> Any:
+        seen.append(sizes["N"])
+        return make_caches(manifest, sizes, device)
+
+    monkeypatch.setattr("llmc.runtime.run.make_caches", watched)
+    answers = []
+    for blocks, tokens in ((1, 22), (2, 22), (3, 16)):
+        assert run(checkpoint, *words, "--memory", f"{bytes_needed(checkpoint, blocks, tokens)}B") == 0
+        out, err = capsys.readouterr()
+        answers.append([o["token_ids"] for o in json.loads(out)["outputs"]])
+        assert ("blocks of cache, so that sequences take turns" in err) == (blocks < 3)
+    assert seen == [1, 2, 3]
+    assert answers == [[reference(checkpoint, p, 2) for p in PROMPTS]] * 3
+
+
+@pytest.mark.parametrize("words", [[], ["--tp", "2"], ["--attention", "flash"]], ids=["one", "two ranks", "flash"])
+@pytest.mark.parametrize("said", ["--memory", "MAX_MEMORY_GB"])
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(checkpoint, capsys, monkeypatch, words, said):
+    for name in ("run.load_weights", "run.make_caches", "launch.launch"):
+        monkeypatch.setattr(f"llmc.runtime.{name}", lambda *a, **k: pytest.fail("too late"))
+    if said == "--memory":
+        words = [*words, "--memory", "20KiB"]
+    else:
+        monkeypatch.setenv(said, "1")
+        monkeypatch.setattr("llmc.runtime.room.GIB", 20 << 10)
+    assert run(checkpoint, "--input-ids", "1,5", *words) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    for part in ("may use 20.0 KiB", said, "weights", "a larger --tp", "llmc plan"):
+        assert part in err
+
+
+def test_blocks_that_do_not_fit_are_refused_with_how_many_do(checkpoint, capsys):
+    memory = f"{bytes_needed(checkpoint, 2, tokens=6 + 5 + 3)}B"
+    words = ["--input-ids", "1,5,9,2", "3,3,3", "7", "--max-output-length", "2", "--num-blocks", "9"]
+    assert run(checkpoint, *words, "--memory", memory) == 1
+    assert "--num-blocks 2, a larger --tp" in capsys.readouterr().err
+
+
+def test_memory_beyond_what_is_needed_changes_nothing(checkpoint, capsys, monkeypatch):
+    monkeypatch.setenv("MAX_MEMORY_GB", "29")
+    assert run(checkpoint, "--input-ids", "1,5", "--max-output-length", "3", "--ignore-eos") == 0
+    assert "note:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "message"),
+    [
+        (["--memory", "32"], "", "'32' is not a size"),
+        ([], "lots", "MAX_MEMORY_GB=lots: expected a whole number of GiB"),
+    ],
+)
+def test_sizes_of_memory_that_mean_nothing_are_told(checkpoint, capsys, monkeypatch, words, environment, message):
+    monkeypatch.setenv("MAX_MEMORY_GB", environment)
+    assert run(checkpoint, "--input-ids", "1", *words) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_npu_s_profile_says_what_a_rank_may_use_unless_the_user_does(checkpoint, capsys, monkeypatch):
+    """300I DUO: MAX_MEMORY_GB 15."""
+    monkeypatch.setattr("llmc.runtime.npu.available", lambda: True)
+    monkeypatch.setattr("llmc.runtime.room.GIB", 1 << 10)
+    words = ["--device", "atlas-300i-duo", "--allow-unsupported", "--dtype", "float16", "--input-ids", "1"]
+    assert run(checkpoint, *words) == 1
+    assert "may use 15.0 KiB (MAX_MEMORY_GB=15)" in capsys.readouterr().err
+    monkeypatch.setenv("MAX_MEMORY_GB", "16")
+    assert run(checkpoint, *words) == 1
+    assert "may use 16.0 KiB (MAX_MEMORY_GB=16)" in capsys.readouterr().err
