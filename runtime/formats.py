@@ -6,7 +6,7 @@ The shape of an nz tensor in the manifest is what ATB sees: the logical [n, k] o
 from __future__ import annotations
 
 import torch
-from llmc.runtime.hostatb.numeric import set_format
+from llmc.runtime.hostatb.numeric import format_of, set_format
 
 
 def in_format(tensor: torch.Tensor, layout: str) -> torch.Tensor:
@@ -18,3 +18,12 @@ def in_format(tensor: torch.Tensor, layout: str) -> torch.Tensor:
 
         return npu.to_nz(tensor)
     return set_format(tensor, layout)
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values as nd, to be read and written by torch: on an NPU a copy, elsewhere the same memory."""
+    if tensor.device.type == "npu":
+        from llmc.runtime import npu
+
+        return npu.to_nd(tensor)
+    return tensor.view(tensor.shape) if format_of(tensor) == "nz" else tensor

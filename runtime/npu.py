@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 LOG = logging.getLogger("llmc.npu")
-FRACTAL_NZ = 29  # aclFormat ACL_FORMAT_FRACTAL_NZ
+ND, FRACTAL_NZ = 2, 29  # aclFormat ACL_FORMAT_ND, ACL_FORMAT_FRACTAL_NZ
 # Chip of the ATB table -> how names of its devices begin (atb-operations.md, chip words)
 CHIP_NAMES = {"Ascend910B": ("Ascend910B", "Ascend910_93"), "Ascend310P": ("Ascend310P",)}
 
@@ -107,6 +107,17 @@ def set_device(rank: int) -> None:
     torch.npu.set_compile_mode(jit_compile=False)  # type: ignore[attr-defined]
 
 
+def installed_chip() -> str:
+    """Chip of the ATB table of this host's first NPU, by `npu-smi info -m`; "" where it does not say."""
+    try:
+        told = subprocess.run(["npu-smi", "info", "-m"], capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    names = re.findall(r"^\s*\d+\s+\d+\s+\d+\s+(\S.*)$", told, re.MULTILINE)  # ids of card, chip, logic; then its name
+    first = names[0].replace(" ", "") if names else ""
+    return next((chip for chip, starts in CHIP_NAMES.items() if first.startswith(starts)), "")
+
+
 def check_chip(chip: str) -> None:
     """Refuse to run code that was compiled for another chip; libatb would fail in the middle of a graph."""
     import torch
@@ -169,6 +180,11 @@ def to_device(tensor: torch.Tensor) -> torch.Tensor:
 def to_nz(tensor: torch.Tensor) -> torch.Tensor:
     """The same values in FRACTAL_NZ, the layout of weights and caches on Atlas 300I DUO."""
     return _module("torch_npu").npu_format_cast(tensor, FRACTAL_NZ)
+
+
+def to_nd(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values as torch lays them out: a copy."""
+    return _module("torch_npu").npu_format_cast(tensor, ND)
 
 
 def synchronize() -> None:

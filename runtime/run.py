@@ -360,8 +360,7 @@ def on_npu(device: str) -> bool:
 
 
 def default_device(torch_device: str | None) -> str:
-    """The device of this host's NPU where torch_npu and torch_atb are installed and no other place is asked for, else the
-    host."""
+    """This host's NPU where torch_npu and torch_atb are installed and no other place is asked for, else the host."""
     elsewhere = torch_device is not None and not torch_device.startswith("npu")
     if elsewhere or not npu.available():
         return "host"

@@ -21,6 +21,7 @@ from llmc.runtime.blocks import BLOCK_SIZE, slot
 from llmc.runtime.formats import in_format
 from llmc.runtime.hostatb.numeric import nd_to_nz
 from llmc.runtime.rope import rope_tables
+from llmc.runtime.rows import BlockedRows
 from llmc.runtime.scheduler import Batch
 from llmc.runtime.sequence import Sequence as Request
 
@@ -36,13 +37,24 @@ def is_paged(manifest: Mapping[str, Any]) -> bool:
     return next(iter(manifest["caches"].values()))["shape"][0] == "N"
 
 
+def has_blocked_rows(manifest: Mapping[str, Any]) -> bool:
+    """Contiguous caches in nz: their rows lie in tensors of their own."""
+    return not is_paged(manifest) and next(iter(manifest["caches"].values()))["format"] == "nz"
+
+
 def make_caches(
     manifest: Mapping[str, Any], sizes: Mapping[str, int], device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
-    """Zeroed caches. `sizes`: {"N": blocks} when paged, {"B": rows, "S": tokens} when contiguous."""
+    """Zeroed caches. `sizes`: {"N": blocks} when paged, {"B": rows, "S": tokens} when contiguous. Contiguous nz caches
+    are their shape only, with a multiple of 16 positions: `BlockedRows` holds the rows that are in use."""
     caches: dict[str, torch.Tensor] = {}
     for name, cache in manifest["caches"].items():
-        shape, dtype = _shape(cache["shape"], sizes), getattr(torch, cache["dtype"])
+        dtype = getattr(torch, cache["dtype"])
+        if has_blocked_rows(manifest):
+            shape = _shape(cache["shape"], {**sizes, "S": -(-sizes["S"] // 16) * 16})
+            caches[name] = torch.zeros(1, dtype=dtype, device=device).expand(shape)
+            continue
+        shape = _shape(cache["shape"], sizes)
         try:
             caches[name] = in_format(torch.zeros(shape, dtype=dtype, device=device), cache["format"])
         except RuntimeError:  # torch.OutOfMemoryError on devices, a plain RuntimeError on the host
@@ -116,13 +128,16 @@ class Runner:
         self.paged = is_paged(manifest)
         self.block_size = block_size(manifest) if self.paged else BLOCK_SIZE
         self._rows: dict[tuple[int, int], dict[str, torch.Tensor]] = {}  # views of cache rows, made once
+        self.blocked = BlockedRows(caches) if has_blocked_rows(manifest) else None
 
     def run(self, batch: Batch) -> torch.Tensor:
+        if self.blocked:
+            logits = self.executor.run(batch.phase, {**self.inputs(batch), **self.blocked.before(batch)})
+            self.blocked.after(batch)
+            return logits
         for move in batch.moves:
-            for name, cache in self.caches.items():
-                axis = self.manifest["caches"][name]["shape"].index("S")
-                kept = cache.narrow(axis, 0, move.length)  # [1, B, length, ...], as nz [1, B, ..., length, 16]
-                kept[:, move.target] = kept[:, move.source]
+            for cache in self.caches.values():
+                cache[:, move.target, : move.length] = cache[:, move.source, : move.length]
         inputs = self.inputs(batch)
         if not self.paged:
             inputs |= self._cache_rows(batch.first_row, batch.first_row + len(batch.sequences))
@@ -152,10 +167,7 @@ class Runner:
 
     def _cache_rows(self, start: int, end: int) -> dict[str, torch.Tensor]:
         if (start, end) not in self._rows:
-            self._rows[start, end] = {
-                name: in_format(cache[:, start:end], self.manifest["caches"][name]["format"])
-                for name, cache in self.caches.items()
-            }
+            self._rows[start, end] = {name: cache[:, start:end] for name, cache in self.caches.items()}
         return self._rows[start, end]
 
 

@@ -20,6 +20,7 @@ def _clean(monkeypatch):
     """A copy of the environment without the profile's variables, and no stand-ins left behind."""
     names = (*PROFILE, "INF_NAN_MODE_ENABLE", "INF_NAN_MODE_FORCE_DISABLE", "ASCEND_RT_VISIBLE_DEVICES")
     monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in names})
+    monkeypatch.setenv("BIND_CPU", "0")  # this process keeps its cores
     yield
     for name in ("torch_npu", "torch_atb"):
         sys.modules.pop(name, None)
@@ -166,6 +167,7 @@ def test_nz_is_format_29_of_the_vendor_cast(stand_in):
     stand_in("def npu_format_cast(tensor, number): return tensor, number")
     tensor = torch.ones(2)
     assert npu.to_nz(tensor) == (tensor, 29)
+    assert npu.to_nd(tensor) == (tensor, 2)
 
 
 def test_synchronize_waits_for_the_device(stand_in):
@@ -186,16 +188,26 @@ def test_code_for_another_chip_is_refused_by_name(stand_in):
         npu.check_chip("Ascend910B")
 
 
-def test_the_npu_is_the_default_where_its_packages_are_installed(monkeypatch):
+def test_the_npu_is_the_default_where_its_packages_are_installed(monkeypatch, tmp_path):
     from llmc.runtime.run import default_device
 
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert default_device(None) == "host"
     monkeypatch.setattr(npu, "available", lambda: True)
     assert default_device(None) == "atlas-800i-a2"
     assert default_device("npu:1") == "atlas-800i-a2"
+    machine = tmp_path / "npu-smi"
+    for name, device in (("310P3", "atlas-300i-duo"), ("910B4", "atlas-800i-a2"), ("950", "atlas-800i-a2")):
+        machine.write_text(f"#!/bin/sh\n[ \"$*\" = 'info -m' ] && /bin/cat <<'END'\n{CHIPS.format(name=name)}\nEND\n")
+        machine.chmod(0o755)
+        assert default_device(None) == device
     assert default_device("cpu") == "host"
 
 
+CHIPS = """\tNPU ID                         Chip ID                        Chip Logic ID                  Chip Name
+\t2                              0                              0                              Ascend {name}
+\t2                              1                              -                              Mcu
+"""
 TOPOLOGY = """\t   NPU0       NPU1       CPU Affinity
 NPU0       X          {link}       0-23
 NPU1       {link}       X          0-23
@@ -297,3 +309,24 @@ def test_ranks_do_not_share_an_npu(rank_1):
 
     with pytest.raises(UserError, match=r"each of 2 ranks needs an NPU of its own"):
         open_device(MANIFEST, "npu:0", rank_1[0])
+
+
+@pytest.mark.parametrize("why", ["", "npu-smi is not installed"])
+def test_a_rank_is_bound_to_cores_near_its_npu_and_says_why_not(rank_1, why, monkeypatch, capsys):
+    from llmc.runtime.run import binding, open_device
+
+    team, device = rank_1
+    asked = []
+
+    def bind(indices, own):
+        asked.append((list(indices), own, device.calls[0][0]))
+        return binding.Binding(npu=1, cores=() if why else (4, 5), why=why)
+
+    real = torch.device
+    monkeypatch.setattr(torch, "device", lambda kind, index: real("meta", index))
+    monkeypatch.setattr(binding, "bind", bind)
+    open_device(MANIFEST, "npu", team)
+    open_device(MANIFEST, "npu:1", None)
+    assert asked == [([0, 1], 1, "set_device"), ([1], 1, "set_device")]
+    said = f"note: not kept on the cores near its NPU: {why}; BIND_CPU=0 does not try\n" * 2
+    assert capsys.readouterr().err == (said if why else "")
