@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,3 +147,11 @@ def test_on_the_host_nothing_is_reserved():
 def test_limits_that_mean_nothing_are_told(flag, environment, words):
     with pytest.raises(UserError, match=words):
         memory_limit(flag, device("atlas-800i-a2"), environment)
+
+
+def test_the_page_on_sizing_shows_a_refusal_as_it_is_printed():
+    page = (Path(__file__).parents[2] / "docs" / "sizing.md").read_text(encoding="utf-8")
+    limit = memory_limit(None, device("atlas-800i-a2"), {"MAX_MEMORY_GB": "13"})
+    with pytest.raises(UserError) as refused:
+        make_room(manifest(), [2000] * 4, answer=300, max_batch=4, positions=4096, limit=limit)
+    assert f"llmc: {refused.value}" in page
