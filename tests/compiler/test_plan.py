@@ -16,7 +16,8 @@ from llmc.compiler.diagnostics import UserError
 from llmc.compiler.hardware import Board, Link, device, device_names, parse_size
 from llmc.compiler.memory import last_true, needed
 from llmc.compiler.pipeline import Options
-from llmc.compiler.plan import Cost, Workload, plan, seconds_by_bound
+from llmc.compiler.plan import Workload, plan
+from llmc.compiler.roofline import Cost, seconds_by_bound
 
 MATRIX = Path(os.environ.get("LLMC_FEATURE_MATRIX", Path(__file__).parents[2] / "../shared/data/feature-matrix.yaml"))
 GIVEN = pytest.mark.skipif(not MATRIX.is_file(), reason=f"no feature matrix at {MATRIX} (set LLMC_FEATURE_MATRIX)")
