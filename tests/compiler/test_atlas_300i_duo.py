@@ -13,7 +13,7 @@ from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.build import load_model
 from llmc.compiler.ir import AtbGraph
 from llmc.compiler.pipeline import Compiled, Options, compile_model
-from test_lowering import LAYERS, MODELS, RECORDED, assert_equal, symbols_of, two_layers
+from test_lowering import LAYERS, MODELS, QKV_BIASES, RECORDED, assert_equal, symbols_of, two_layers
 
 DEVICE = "atlas-300i-duo"
 MATRIX = Path(__file__).parents[2] / "../shared/data/feature-matrix.yaml"
@@ -50,17 +50,6 @@ NOT_OURS = {
         ("w8a8", "w8a8-down-float", "w8a8-interlayer", "w8a8-prenorm", "w8a8-scale-uint64", "w8a8-weights-nd",
          "w8a8-weights-nz-4d", "sparse"), "no quantised operator"),
 }  # fmt: skip
-
-BIASES = """
-blocks:
-  attention:
-    nodes:
-      qkv:
-        parts:
-          q: {bias: "model.layers.{i}.self_attn.q_proj.bias"}
-          k: {bias: "model.layers.{i}.self_attn.k_proj.bias"}
-          v: {bias: "model.layers.{i}.self_attn.v_proj.bias"}
-"""
 
 RECORDS: dict[str, dict[str, Any]] = {
     path.stem.removeprefix("310p-"): json.loads(path.read_text()) for path in sorted(LAYERS.glob("310p-*.json"))
@@ -101,7 +90,7 @@ def model_of(record: dict[str, Any]) -> tuple[str, int]:
         return MODELS[dims["model"]]
     sizes = {key: dims[key] for key in ("vocab", "hidden", "ffn", "heads", "kv_heads", "head_dim", "eps")}
     model = {"extends": "families/llama", "name": "recorded", "sizes": {**sizes, "layers": 2, "max_positions": 4096}}
-    return yaml.safe_dump(model) + (BIASES if record["variant"] == "qkv-bias" else ""), 1
+    return yaml.safe_dump(model) + (QKV_BIASES if record["variant"] == "qkv-bias" else ""), 1
 
 
 @RECORDED

@@ -18,11 +18,8 @@ LAYERS = Path(os.environ.get("LLMC_ATB_LAYERS", Path(__file__).parents[2] / "../
 RECORDED = pytest.mark.skipif(not LAYERS.is_dir(), reason=f"no recorded layer graphs in {LAYERS} (set LLMC_ATB_LAYERS)")
 DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
-# A model with biases on q, k and v; the catalogue has none.
-QWEN2_7B = """
-extends: families/llama
-name: qwen2-7b
-sizes: {vocab: 152064, hidden: 3584, ffn: 18944, layers: 2, heads: 28, kv_heads: 4, max_positions: 32768, eps: 1.0e-6}
+# Biases on q, k and v; no model of the catalogue has them.
+QKV_BIASES = """
 blocks:
   attention:
     nodes:
@@ -32,6 +29,10 @@ blocks:
           k: {bias: "model.layers.{i}.self_attn.k_proj.bias"}
           v: {bias: "model.layers.{i}.self_attn.v_proj.bias"}
 """
+QWEN2_7B = (
+    "extends: families/llama\nname: qwen2-7b\nsizes: {vocab: 152064, hidden: 3584, ffn: 18944, layers: 2, heads: 28, "
+    "kv_heads: 4, max_positions: 32768, eps: 1.0e-6}" + QKV_BIASES
+)
 
 
 def two_layers(name: str) -> str:
