@@ -27,7 +27,6 @@ from llmc.compiler.emit.render import render
 from llmc.compiler.emit.rows import graph_name, python_rows
 from llmc.compiler.ir import AtbGraph, AtbTensor, Weight
 from llmc.compiler.listing import operations
-from llmc.compiler.memory import memory_plan
 from llmc.compiler.passes.phase import PHASES
 from llmc.compiler.passes.segment import Segment
 from llmc.compiler.pipeline import Compiled
@@ -108,7 +107,7 @@ def make_manifest(compiled: Compiled) -> dict[str, Any]:
             name: {"size": split.size, "local": split.local, "ranks": [list(run) for run in split.runs]}
             for split, name in splits.items()
         },
-        "memory": memory_plan(compiled),
+        "memory": compiled.memory,
         "phases": {phase: _phase(compiled, phase) for phase in compiled.segments},
     }
 

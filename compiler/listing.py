@@ -23,7 +23,28 @@ LAYER = re.compile(r"(.*?)\.(\d+)\.")
 
 def operations(graph: AtbGraph) -> list[dict[str, Any]]:
     """The operations of the graph in order, equal layers as one entry."""
-    return collapse((node.name, _operation(graph, node)) for node in graph.nodes)
+    entries: dict[str, tuple[AtbNode, list[int]]] = {}
+    for node in graph.nodes:
+        match = LAYER.match(node.name)
+        _, layers = entries.setdefault(_alike(graph, node, match), (node, []))
+        layers.extend([int(match[2])] if match else [])
+    return [_entry(graph, node, layers) for node, layers in entries.values()]
+
+
+def _alike(graph: AtbGraph, node: AtbNode, match: re.Match[str] | None) -> str:
+    """Equal for nodes that are one entry: what `_operation` reads, with this layer and the one before it unnamed."""
+    outs = [graph.tensors[name] for name in node.outs]
+    types = [(t.dtype, t.format, t.shape, t.shard.letter, t.shard.axis) for t in outs]
+    text = repr((node.name, node.op, node.param, node.ins, node.views, node.outs, types))
+    if not match:
+        return text
+    block, layer = match[1], int(match[2])
+    return text.replace(f"'{block}.{layer}.", "'{i}.").replace(f"'{block}.{layer - 1}.", "'{i-1}.")
+
+
+def _entry(graph: AtbGraph, node: AtbNode, layers: list[int]) -> dict[str, Any]:
+    entry = in_layer(node.name, {"name": node.name, **_operation(graph, node)})
+    return {"name": entry.pop("name"), "layers": ranges(layers), **entry}
 
 
 def _operation(graph: AtbGraph, node: AtbNode) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from llmc.compiler import legality
@@ -17,6 +18,7 @@ from llmc.compiler.build import Model, load_model
 from llmc.compiler.diagnostics import Diagnostic, DiagnosticError, UserError
 from llmc.compiler.hardware import Device, device
 from llmc.compiler.ir import AtbGraph, Graph
+from llmc.compiler.memory import memory_plan
 from llmc.compiler.passes.fuse import fuse_add_norm, fuse_linear_all_reduce, fuse_swiglu
 from llmc.compiler.passes.lower import lower
 from llmc.compiler.passes.phase import PHASES, split_phase
@@ -120,6 +122,11 @@ class Compiled:
     phases: Mapping[str, Any]  # phase -> result of the last pass that ran
     lowered: Mapping[str, AtbGraph] = field(default_factory=dict)
     segments: Mapping[str, tuple[Segment, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def memory(self) -> dict[str, Any]:
+        """What one rank holds: `memory_plan`."""
+        return memory_plan(self)
 
 
 def compile_model(path: str, options: Options, *, until: str = "") -> Compiled:

@@ -19,7 +19,7 @@ from llmc.compiler.atb.collective import DEVICE_COUNT
 from llmc.compiler.build import load_model
 from llmc.compiler.diagnostics import DiagnosticError, UserError
 from llmc.compiler.hardware import UNITS, Board, Device, Link, device
-from llmc.compiler.memory import last_true, memory_plan, needed
+from llmc.compiler.memory import last_true, needed
 from llmc.compiler.ops.attention import BLOCK_SIZE
 from llmc.compiler.pipeline import Compiled, Options, check_support, compile_model
 from llmc.compiler.roofline import step_facts
@@ -145,7 +145,7 @@ def size_facts(
     compiled: Compiled, work: Workload, usable: int | None, board: Board | None, link: Link | None
 ) -> dict[str, Any]:
     """One row: the rank's memory, what fits, and what the steps cost."""
-    memory = memory_plan(compiled)
+    memory = compiled.memory
     size, positions = compiled.options.world_size or 1, int(compiled.graph.sizes["max_positions"])
 
     def bytes_for(one: Workload) -> int:

@@ -7,7 +7,6 @@ from typing import Any
 
 from llmc.compiler.artifact import default_name
 from llmc.compiler.ir import AtbGraph, AtbNode, Graph, Node, TensorType, show_shape
-from llmc.compiler.memory import memory_plan
 from llmc.compiler.passes.segment import LAYER, Segment, why_it_ends
 from llmc.compiler.pipeline import Compiled
 
@@ -89,7 +88,7 @@ def summary(compiled: Compiled) -> dict[str, Any]:
             phase: [{**part.counts, "groups": len(part.layers), "bound_by": list(part.bound_by)} for part in parts]
             for phase, parts in compiled.segments.items()
         },
-        **{key: size for key, size in memory_plan(compiled).items() if "bytes" in key},
+        **{key: size for key, size in compiled.memory.items() if "bytes" in key},
     }
 
 
