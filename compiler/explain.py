@@ -271,7 +271,7 @@ def _node_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"{facts['node']}: {facts['op']}. {facts['doc']}"
     yield f"  {'place':<10} {facts['place']}{'' if facts['authored'] else ', inserted by the compiler'}"
     if facts["attributes"]:
-        yield f"  {'attributes':<10} {', '.join(f'{key} {_plain(v)}' for key, v in facts['attributes'].items())}"
+        yield f"  {'attributes':<10} {', '.join(f'{key} {plain(v)}' for key, v in facts['attributes'].items())}"
     for t in facts["inputs"]:
         maker = f"made by {t['producer']['node']} ({t['producer']['op']})" if t["producer"] else "an input of the graph"
         yield f"  {'reads':<10} {t['slot']} = {t['value']}: {_type(t)}; {maker}"
@@ -363,5 +363,5 @@ def _type(t: Mapping[str, Any]) -> str:
     return f"{t['dtype']} {show_shape(t['shape'])} {t['shard']}{local}"
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, (list, tuple)) else str(value)

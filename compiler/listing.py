@@ -59,7 +59,12 @@ def _operation(graph: AtbGraph, node: AtbNode) -> dict[str, Any]:
 
 def show_tensor(t: AtbTensor) -> str:
     """`float16 [T, 1728] S(1)`: one rank's shape, and how the ranks' shares make the value."""
-    return f"{t.dtype} {f'{t.format} ' if t.format != 'nd' else ''}{show_shape(t.shape)} {t.shard}"
+    return f"{show_plain_tensor(t)} {t.shard}"
+
+
+def show_plain_tensor(t: AtbTensor) -> str:
+    """The same without the letter; a format is said where it is not nd."""
+    return f"{t.dtype} {f'{t.format} ' if t.format != 'nd' else ''}{show_shape(t.shape)}"
 
 
 def plain_param(op: AtbOp, fields: Iterable[Field], param: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

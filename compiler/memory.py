@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 Form = Mapping[str, int]
 
 WORKSPACE_AT_LEAST = 100 << 20  # torch_atb's buffer before it grows (2.1)
+PREFILL_TOKENS = 4096  # of one prefill step of `llmc run`, or one sequence if it is longer
 NZ_INSIDE = ("Linear", "SelfAttention", "PagedAttention")  # kernels that convert on 310P (1.7)
 NZ_BLOCK = 16  # rows and columns of a block of 16-bit numbers
 
@@ -42,13 +43,13 @@ NZ_BLOCK = 16  # rows and columns of a block of 16-bit numbers
 def memory_plan(compiled: Compiled) -> dict[str, Any]:
     """Numbers and forms of one rank, as plain data."""
     tensors = {name: t for low in compiled.lowered.values() for name, t in low.tensors.items()}
-    cache = total(form_of(t.dtype, t.shape) for t in tensors.values() if t.role == "cache")
+    caches = [t for t in tensors.values() if t.role == "cache"]
     steps = {phase: step_forms(parts) for phase, parts in compiled.segments.items()}
     token = {"prefill": "T", "decode": "B"}
     return {
         "weight_bytes": weight_bytes(compiled, tensors),
-        "cache": cache,
-        "cache_bytes_per_token": cache["N"] // BLOCK_SIZE if "N" in cache else cache.get("B*S", 0),
+        "cache": total(form_of(t.dtype, t.shape) for t in caches),
+        "cache_bytes_per_token": sum(cached_bytes(t.dtype, t.shape) for t in caches),
         "constants": total(form_of(t.dtype, t.shape) for t in tensors.values() if t.role == "constant"),
         "steps": steps,
         "activation_bytes_per_token": {
@@ -171,6 +172,11 @@ def form_of(dtype: str, shape: Shape) -> Form:
 def known_bytes(dtype: str, shape: Shape) -> int:
     """Bytes of the dimensions that are numbers."""
     return DTYPE_BYTES[dtype] * prod(dim for dim in shape if isinstance(dim, int))
+
+
+def cached_bytes(dtype: str, shape: Shape) -> int:
+    """Of one position of one sequence in one cache: paged caches have N blocks of positions."""
+    return known_bytes(dtype, shape) // (BLOCK_SIZE if shape[0] == "N" else 1)
 
 
 def total(forms: Iterable[Form]) -> dict[str, int]:

@@ -31,12 +31,11 @@ from llmc.compiler.atb.core import GRAPH_LIMITS
 from llmc.compiler.diagnostics import Place, UserError, portable
 from llmc.compiler.emit.render import render
 from llmc.compiler.emit.rows import param_call
-from llmc.compiler.explain import Stages, became, owner, stages
+from llmc.compiler.explain import Stages, became, owner, plain, stages
 from llmc.compiler.ir import AtbGraph, AtbNode, AtbTensor, Graph, Node, TensorType, Weight, show_shape
-from llmc.compiler.listing import LAYER, in_layer, plain_param
-from llmc.compiler.memory import known_bytes
+from llmc.compiler.listing import LAYER, in_layer, plain_param, show_plain_tensor
+from llmc.compiler.memory import cached_bytes, known_bytes
 from llmc.compiler.ops import OPS
-from llmc.compiler.ops.attention import BLOCK_SIZE
 from llmc.compiler.passes.segment import Segment, why_it_ends
 from llmc.compiler.pipeline import Compiled
 from llmc.compiler.show import head_line, show_bytes, summary
@@ -228,7 +227,7 @@ def _operator(graph: Graph, node: Node, becomes: Mapping[str, tuple[list[tuple[s
     """One operator of the model."""
     types = [graph.types[value] for value in node.values]
     details: list[Line] = [["what", "", OPS[node.op].doc, ""]]
-    details += [[name, "", _plain(value), ""] for name, value in node.attrs.items() if value is not None]
+    details += [[name, "", plain(value), ""] for name, value in node.attrs.items() if value is not None]
     for slot, value in node.inputs.items():
         details.append([f"reads {slot}", value, _type(graph.types[value]), str(graph.types[value].shard)])
     for slot, weight in node.weights.items():
@@ -378,7 +377,7 @@ def _pill(name: str, kind: str, value: str, t: AtbTensor, goto: str) -> Row:
         "title": where,
         "name": value,
         "letter": str(t.shard),
-        "lines": [["", "", _atb_type(t), ""]],
+        "lines": [["", "", show_plain_tensor(t), ""]],
         "details": [],
         "place": "",
         "links": {},
@@ -395,24 +394,26 @@ def _carried(name: str, maker: AtbNode | None, t: AtbTensor, view: Sequence[int 
 def _operation(low: AtbGraph, node: AtbNode, tables: Sequence[str]) -> Row:
     """One ATB operation; which of its inputs are tables of all layers."""
     op = ATB[node.op]
-    lines = [["param", "", f"{k}={_plain(v)}", ""] for k, v in plain_param(op, op.fields, node.param).items()]
+    lines = [["param", "", f"{k}={plain(v)}", ""] for k, v in plain_param(op, op.fields, node.param).items()]
     details = [["call", "", param_call(op, node.param).flat(), ""]]
     for i, name in enumerate(node.ins):
         t = low.tensors[name]
         size = _size(t, low.phase)
         view = f" as {show_shape(node.views[i])}" if i in node.views else ""
         host = ", read on the host" if t.host else ""
-        details.append(["reads", name, f"{t.role}: {_atb_type(t)}{view}, {size}{host}", str(t.shard)])
+        details.append(["reads", name, f"{t.role}: {show_plain_tensor(t)}{view}, {size}{host}", str(t.shard)])
         if t.role in ("weight", "cache"):
-            lines.append([t.role, name, f"{_atb_type(t)}, {size}", str(t.shard)])
+            lines.append([t.role, name, f"{show_plain_tensor(t)}, {size}", str(t.shard)])
         elif t.role != "internal" or name in tables:
-            lines.append(["table" if name in tables else t.role, name, _atb_type(t), str(t.shard)])
+            lines.append(["table" if name in tables else t.role, name, show_plain_tensor(t), str(t.shard)])
     for name in node.outs:
         t = low.tensors[name]
         written = t.role == "cache"
-        details.append(["writes" if written else "makes", name, f"{_atb_type(t)}, {_size(t, low.phase)}", str(t.shard)])
+        details.append(
+            ["writes" if written else "makes", name, f"{show_plain_tensor(t)}, {_size(t, low.phase)}", str(t.shard)]
+        )
         if not written:
-            lines.append(["out", name, f"{_atb_type(t)}, {_size(t, low.phase)}", str(t.shard)])
+            lines.append(["out", name, f"{show_plain_tensor(t)}, {_size(t, low.phase)}", str(t.shard)])
     made = dict.fromkeys(str(low.tensors[name].shard) for name in node.outs)
     return {
         "id": node.name,
@@ -434,21 +435,16 @@ def _sums(low: AtbGraph, nodes: Sequence[AtbNode]) -> list[list[str]]:
     made = {name: low.tensors[name] for node in nodes for name in node.outs}
     rows = "T" if low.phase == "prefill" else "B"
     weights = sum(known_bytes(t.dtype, t.shape) for t in read.values() if t.role == "weight")
-    cache = sum(_cache_bytes(t) for t in read.values() if t.role == "cache")
+    cache = sum(cached_bytes(t.dtype, t.shape) for t in read.values() if t.role == "cache")
     outputs = sum(known_bytes(t.dtype, t.shape) for t in made.values() if t.role != "cache" and rows in t.shape)
     facts = [("weights", weights, ""), ("cache", cache, " a token"), ("outputs of operations", outputs, " a token")]
     return [[label, show_bytes(size) + per] for label, size, per in facts if size]
 
 
-def _cache_bytes(t: AtbTensor) -> int:
-    """Of one position: paged caches have N blocks of positions."""
-    return known_bytes(t.dtype, t.shape) // (BLOCK_SIZE if t.shape[0] == "N" else 1)
-
-
 def _size(t: AtbTensor, phase: str) -> str:
     """`6.25 MiB`, `10.0 KiB a token`: what a dimension without a number stands for."""
     if t.role == "cache":
-        return f"{show_bytes(_cache_bytes(t))} a token"
+        return f"{show_bytes(cached_bytes(t.dtype, t.shape))} a token"
     size = show_bytes(known_bytes(t.dtype, t.shape))
     symbols = [dim for dim in t.shape if isinstance(dim, str)]
     words = {"T": "token", "B": "token" if phase == "decode" else "sequence"}
@@ -464,13 +460,5 @@ def _type(t: TensorType) -> str:
     return f"{t.dtype} {show_shape(t.shape)}{local}"
 
 
-def _atb_type(t: AtbTensor) -> str:
-    return f"{t.dtype} {f'{t.format} ' if t.format != 'nd' else ''}{show_shape(t.shape)}"
-
-
 def _place(place: Place | None) -> str:
     return portable(str(place)) if place else ""
-
-
-def _plain(value: Any) -> str:
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, (list, tuple)) else str(value)

@@ -19,12 +19,11 @@ from llmc.compiler.atb.collective import DEVICE_COUNT
 from llmc.compiler.build import load_model
 from llmc.compiler.diagnostics import DiagnosticError, UserError
 from llmc.compiler.hardware import UNITS, Board, Device, Link, device
-from llmc.compiler.memory import last_true, needed
+from llmc.compiler.memory import PREFILL_TOKENS, last_true, needed
 from llmc.compiler.ops.attention import BLOCK_SIZE
 from llmc.compiler.pipeline import Compiled, Options, check_support, compile_model
 from llmc.compiler.roofline import step_facts
 
-PREFILL_TOKENS = 4096  # of one prefill step, as `llmc run` has it
 MOST_SEQUENCES = 1 << 16  # where the search for the largest batch ends
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from llmc.compiler.atb.core import DTYPE_BYTES
 from llmc.compiler.hardware import Board, Link
 from llmc.compiler.ir import AtbGraph, AtbNode, evaluate
-from llmc.compiler.memory import form_of
+from llmc.compiler.memory import cached_bytes
 from llmc.compiler.ops.attention import BLOCK_SIZE
 from llmc.compiler.passes.segment import LAYER
 from llmc.compiler.pipeline import Compiled
@@ -102,12 +102,6 @@ def cost_of(graph: AtbGraph, node: AtbNode, world_size: int, batch: int, length:
             appended = token * (batch if decoding else batch * length) if node.op == "SelfAttention" else 0
             memory = appended + (token * batch * length if decoding else 0)
     return Cost(flops=flops, memory=memory + made + sum(read.values()), wire=wire_bytes(node, size, world_size))
-
-
-def cached_bytes(dtype: str, shape: Sequence[int | str]) -> int:
-    """Of one position of one sequence in one cache."""
-    ((symbols, size),) = form_of(dtype, tuple(shape)).items()
-    return size // BLOCK_SIZE if symbols == "N" else size
 
 
 def wire_bytes(node: AtbNode, size: Callable[[str], int], world_size: int) -> int:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmc.compiler.diagnostics import UserError
+from llmc.runtime.npu import npu_smi
 
 SYSTEM = Path("/sys")
 THREADS = Path("/proc/self/task")
@@ -139,7 +140,7 @@ def _pin(cores: Sequence[int]) -> None:
 def _npu_smi(*words: str) -> str:
     command = " ".join(("npu-smi", *words))
     try:
-        told = subprocess.run(["npu-smi", *words], capture_output=True, text=True, timeout=30)
+        told = npu_smi(*words)
     except FileNotFoundError:
         raise _Unknown("npu-smi is not installed") from None
     except (OSError, subprocess.SubprocessError) as error:

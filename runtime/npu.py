@@ -107,10 +107,15 @@ def set_device(rank: int) -> None:
     torch.npu.set_compile_mode(jit_compile=False)  # type: ignore[attr-defined]
 
 
+def npu_smi(*words: str) -> subprocess.CompletedProcess[str]:
+    """What npu-smi answers. OSError or SubprocessError where it cannot be asked."""
+    return subprocess.run(["npu-smi", *words], capture_output=True, text=True, timeout=30)
+
+
 def installed_chip() -> str:
     """Chip of the ATB table of this host's first NPU, by `npu-smi info -m`; "" where it does not say."""
     try:
-        told = subprocess.run(["npu-smi", "info", "-m"], capture_output=True, text=True, timeout=30).stdout
+        told = npu_smi("info", "-m").stdout
     except (OSError, subprocess.SubprocessError):
         return ""
     names = re.findall(r"^\s*\d+\s+\d+\s+\d+\s+(\S.*)$", told, re.MULTILINE)  # ids of card, chip, logic; then its name
@@ -157,7 +162,7 @@ def check_backend(name: str, *, one_host: bool) -> str:
 def has_hccs() -> bool | None:
     """Whether HCCS (or XLink) joins the NPUs of this host, by the matrix of `npu-smi info -t topo`; None: unknown."""
     try:
-        told = subprocess.run(["npu-smi", "info", "-t", "topo"], capture_output=True, text=True, timeout=30)
+        told = npu_smi("info", "-t", "topo")
     except (OSError, subprocess.SubprocessError):
         return None
     rows = [line for line in told.stdout.splitlines() if re.match(r"\s*NPU\d+\s", line)]  # not the legend below it

@@ -16,12 +16,11 @@ from typing import Any
 
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.hardware import Device, parse_size
-from llmc.compiler.memory import last_true, needed
+from llmc.compiler.memory import PREFILL_TOKENS, last_true, needed
 from llmc.compiler.show import show_bytes
 from llmc.runtime.blocks import BLOCK_SIZE, blocks_for
 
 GIB = 1 << 30
-PREFILL_TOKENS = 4096  # of one prefill step, or one sequence if it is longer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         area = Path(item.path).relative_to(Path(__file__).parent).parts[0]
         for need in NEEDS.get(area, []):
             item.add_marker(need)
+
+
+@pytest.fixture(scope="session")
+def save_words_model() -> Callable[[Path, int], None]:
+    """save(folder, positions): a llama of 2 layers whose tokens are the words w0 to w63, and its variant mine.yaml."""
+    import torch
+    from llmc.compiler.checkpoint import read_config, variant_from_config
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def save(folder: Path, positions: int) -> None:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=64,
+            max_position_embeddings=positions,
+            tie_word_embeddings=False,
+            bos_token_id=1,
+            eos_token_id=2,
+            initializer_range=0.3,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+        tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "mine.yaml").write_text(variant_from_config(read_config(folder), "mine"))
+
+    return save

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from llmc.compiler.atb import OPS as ATB
-from llmc.compiler.atb.core import AtbError, Desc
+from llmc.compiler.atb.core import Desc
 from llmc.compiler.atb.elementwise import SWIGLU_FORWARD
 from llmc.compiler.ir import Graph, Node, evaluate
+from llmc.compiler.legality import refusal
 from llmc.compiler.ops.collective import fused_param
 
 SOME_TOKENS = 16  # kernels look at the width only
@@ -34,7 +32,7 @@ def fuse_swiglu(graph: Graph, chip: str) -> Graph:
             continue
         packed = graph.types[split.inputs["x"]]
         x = Desc(dtype=packed.dtype, shape=(SOME_TOKENS, *evaluate(packed.local[1:], {})))
-        if not _accepts("Activation", {"activationType": SWIGLU_FORWARD}, chip, x):
+        if refusal(("Activation", {"activationType": SWIGLU_FORWARD}, [x]), chip):
             continue
         drop |= {act.name, split.name}
         put[mul.name] = Node(name=mul.name, op="swiglu", inputs={"x": split.inputs["x"]}, place=act.place)
@@ -78,7 +76,7 @@ def fuse_linear_all_reduce(graph: Graph, chip: str, backend: str) -> Graph:
 
     Without bias, and where the chip's LinearParallel takes this world size; backend "": the chip has no such kernel."""
     communicator = {"rank": 0, "rankSize": graph.world_size, "backend": backend}
-    if not backend or not _accepts("LinearParallel", fused_param(communicator), chip):
+    if not backend or refusal(("LinearParallel", fused_param(communicator), []), chip):
         return graph
     drop: set[str] = set()
     put: dict[str, Node] = {}
@@ -90,19 +88,6 @@ def fuse_linear_all_reduce(graph: Graph, chip: str, backend: str) -> Graph:
             drop.add(linear.name)
             put[reduce.name] = replace(linear, name=reduce.name, op="linear_all_reduce", attrs={"backend": backend})
     return graph.with_nodes(put.get(node.name, node) for node in graph.nodes if node.name not in drop)
-
-
-def _accepts(op: str, param: Mapping[str, Any], chip: str, *ins: Desc) -> bool:
-    """libatb's own answer: at creation, and with inputs given also of its shape rules."""
-    entry = ATB[op]
-    values = entry.param(param)
-    try:
-        entry.create(values, chip)
-        if ins:
-            entry.infer(values, ins, chip)
-    except AtbError:
-        return False
-    return True
 
 
 FUSIONS = ("swiglu", "add_norm", "linear_all_reduce")
