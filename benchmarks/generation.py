@@ -26,13 +26,13 @@ import torch
 from llmc.compiler import artifact
 from llmc.compiler.pipeline import Options, compile_model
 from llmc.runtime import hostatb
-from llmc.runtime.blocks import BlockManager, RowManager
 from llmc.runtime.demo import GGUF_NAME, demo_weights
+from llmc.runtime.engine.blocks import BlockManager, RowManager
+from llmc.runtime.engine.runner import Runner, make_caches, make_constants
+from llmc.runtime.engine.sampling import Sampler, SamplingParams
+from llmc.runtime.engine.scheduler import Scheduler
+from llmc.runtime.engine.sequence import Sequence
 from llmc.runtime.executor import Executor
-from llmc.runtime.runner import Runner, make_caches, make_constants
-from llmc.runtime.sampling import Sampler, SamplingParams
-from llmc.runtime.scheduler import Scheduler
-from llmc.runtime.sequence import Sequence
 from llmc.runtime.weights import load_weights
 
 CONTEXT, STEPS, POSITIONS = 128, 16, 1024

@@ -74,7 +74,7 @@ def load_ours(folder: Path) -> None:
 def compiled(folder: Path, **options: Any) -> dict[str, Any]:
     """Manifest of the checkpoint's model."""
     from llmc.compiler.artifact import make_manifest
-    from llmc.compiler.checkpoint import read_config, variant_from_config
+    from llmc.compiler.language.checkpoint import read_config, variant_from_config
     from llmc.compiler.pipeline import Options, compile_model
 
     graph = folder / "variant.yaml"

@@ -185,7 +185,7 @@ def demo_flags(p: argparse.ArgumentParser) -> None:
 
 
 def convert_flags(p: argparse.ArgumentParser) -> None:
-    from llmc.runtime.convert import add_convert_flags
+    from llmc.runtime.convert.convert import add_convert_flags
 
     add_convert_flags(p)
 
@@ -207,8 +207,9 @@ def _options(args: argparse.Namespace) -> Any:
 
 
 def compile_command(args: argparse.Namespace) -> int:
-    from llmc.compiler import artifact, show
+    from llmc.compiler import artifact
     from llmc.compiler.pipeline import compile_model
+    from llmc.compiler.reports import show
 
     start = time.perf_counter()
     compiled = compile_model(args.graph, _options(args), until=args.until)
@@ -231,8 +232,8 @@ def compile_command(args: argparse.Namespace) -> int:
 
 
 def check_command(args: argparse.Namespace) -> int:
-    from llmc.compiler import show
     from llmc.compiler.pipeline import compile_model
+    from llmc.compiler.reports import show
 
     compiled = compile_model(args.graph, _options(args))
     if args.json:
@@ -243,12 +244,12 @@ def check_command(args: argparse.Namespace) -> int:
 
 
 def show_command(args: argparse.Namespace) -> int:
-    from llmc.compiler import show
     from llmc.compiler.pipeline import compile_model
+    from llmc.compiler.reports import show
 
     compiled = compile_model(args.graph, _options(args))
     if args.html:
-        from llmc.compiler import picture
+        from llmc.compiler.reports import picture
 
         facts = {"ok": True, "path": str(args.html), "bytes": picture.write(compiled, args.html)}
         closing = f"{args.html}: a page of {show.head_line(compiled)}; open it in a browser"
@@ -259,7 +260,7 @@ def show_command(args: argparse.Namespace) -> int:
 
 
 def diff_command(args: argparse.Namespace) -> int:
-    from llmc.compiler import diff
+    from llmc.compiler.reports import diff
 
     changes = diff.diff(_manifest(args.a), _manifest(args.b))
     if args.json:
@@ -303,8 +304,8 @@ def _side(side: str) -> argparse.Namespace:
 
 
 def explain_command(args: argparse.Namespace) -> int:
-    from llmc.compiler.explain import explain, show_explanation
     from llmc.compiler.pipeline import compile_model
+    from llmc.compiler.reports.explain import explain, show_explanation
 
     facts = explain(compile_model(args.graph, _options(args)), args.node)
     print(json.dumps(facts, indent=1) if args.json else show_explanation(facts))
@@ -312,8 +313,8 @@ def explain_command(args: argparse.Namespace) -> int:
 
 
 def plan_command(args: argparse.Namespace) -> int:
-    from llmc.compiler.hardware import parse_size
-    from llmc.compiler.plan import Workload, plan, show_plan
+    from llmc.compiler.reports.plan import Workload, plan, show_plan
+    from llmc.compiler.target.device import parse_size
 
     memory, reserve = (text and parse_size(text) for text in (args.memory, args.reserve))
     work = Workload(batch=args.batch, prompt=args.prompt, output=args.output, prefill_tokens=args.prefill_tokens)
@@ -323,7 +324,7 @@ def plan_command(args: argparse.Namespace) -> int:
 
 
 def init_command(args: argparse.Namespace) -> int:
-    from llmc.compiler.checkpoint import read_config, variant_from_config
+    from llmc.compiler.language.checkpoint import read_config, variant_from_config
 
     path = args.model_path.resolve()
     name = args.name or (path.parent if path.is_file() else path).name.lower()
@@ -332,8 +333,8 @@ def init_command(args: argparse.Namespace) -> int:
 
 
 def ops_command(args: argparse.Namespace) -> int:
-    from llmc.compiler import show
     from llmc.compiler.ops import OPS
+    from llmc.compiler.reports import show
 
     if args.name and args.name not in OPS:
         raise UserError(f"no operator {args.name!r}", hint=did_you_mean(args.name, OPS), code="E107")
@@ -347,7 +348,7 @@ def ops_command(args: argparse.Namespace) -> int:
 
 
 def env_command(args: argparse.Namespace) -> int:
-    from llmc.compiler import environment
+    from llmc.compiler.target import environment
 
     if args.json:
         print(json.dumps({"ok": True, **environment.facts(args.device, args.attention)}, indent=1))
@@ -357,7 +358,7 @@ def env_command(args: argparse.Namespace) -> int:
 
 
 def schema_command(args: argparse.Namespace) -> int:
-    from llmc.compiler.schema import schema
+    from llmc.compiler.language.schema import schema
 
     print(json.dumps(schema(), indent=1))
     return 0
@@ -389,7 +390,7 @@ def _keep_backends_out() -> None:
 
 
 def convert_command(args: argparse.Namespace) -> int:
-    from llmc.runtime import convert
+    from llmc.runtime.convert import convert
 
     return convert.run(args)
 

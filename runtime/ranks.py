@@ -38,7 +38,7 @@ from llmc.compiler.diagnostics import DiagnosticError, UserError
 
 if TYPE_CHECKING:
     import torch
-    from llmc.runtime.sampling import Samples, SamplingState
+    from llmc.runtime.engine.sampling import Samples, SamplingState
 
 START_LIMIT = "LLMC_START_TIMEOUT"  # seconds without a sign of any rank before those that are missing count as lost
 START_SECONDS = {True: 4.0, False: 30.0}  # on one host, on several: ranks of one host read the same files from memory

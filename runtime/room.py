@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmc.compiler.diagnostics import UserError
-from llmc.compiler.hardware import Device, parse_size
 from llmc.compiler.memory import PREFILL_TOKENS, last_true, needed
-from llmc.compiler.show import show_bytes
-from llmc.runtime.blocks import BLOCK_SIZE, blocks_for
+from llmc.compiler.reports.show import show_bytes
+from llmc.compiler.target.device import Device, parse_size
+from llmc.runtime.engine.blocks import BLOCK_SIZE, blocks_for
 
 GIB = 1 << 30
 

@@ -27,23 +27,23 @@ from typing import Any
 
 import torch
 from llmc.compiler import artifact as artifacts
-from llmc.compiler.build import load_model
-from llmc.compiler.checkpoint import check_artifact_config, check_config, choose_variant, read_config
 from llmc.compiler.diagnostics import UserError
-from llmc.compiler.hardware import device as device_profile
-from llmc.compiler.hardware import device_names
+from llmc.compiler.language.build import load_model
+from llmc.compiler.language.checkpoint import check_artifact_config, check_config, choose_variant, read_config
 from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.target.device import device as device_profile
+from llmc.compiler.target.device import device_names
 from llmc.runtime import binding, npu
-from llmc.runtime.blocks import BLOCK_SIZE
-from llmc.runtime.engine import Engine, Output, check_prompt
+from llmc.runtime.engine.blocks import BLOCK_SIZE
+from llmc.runtime.engine.engine import Engine, Output, check_prompt
+from llmc.runtime.engine.runner import is_paged, make_caches, make_constants
+from llmc.runtime.engine.sampling import Sampler, SamplingParams
+from llmc.runtime.engine.tokenizer import Tokenizer, eos_ids, load_tokenizer
 from llmc.runtime.executor import Executor
 from llmc.runtime.flags import DEFAULT_QUESTION, attention_of, check_run_flags, dtype_of, sampling_of, words_of
 from llmc.runtime.hostatb.numeric import free_memory
 from llmc.runtime.ranks import Team
 from llmc.runtime.room import Room, make_room, memory_limit
-from llmc.runtime.runner import is_paged, make_caches, make_constants
-from llmc.runtime.sampling import Sampler, SamplingParams
-from llmc.runtime.tokenizer import Tokenizer, eos_ids, load_tokenizer
 from llmc.runtime.weights import check_directory, load_weights, progress_bar
 
 TORCH_DEVICE = re.compile(r"(?P<kind>cpu|cuda|npu)(?::(?P<index>[0-9]{1,3}))?")

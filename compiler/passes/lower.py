@@ -12,10 +12,10 @@ from typing import Any
 
 from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.diagnostics import Report
-from llmc.compiler.hardware import Device
 from llmc.compiler.ir import AtbGraph, AtbNode, AtbTensor, Graph, Node, Shape
 from llmc.compiler.ops import OPS, NoRule
 from llmc.compiler.sharding import WHOLE
+from llmc.compiler.target.device import Device
 
 
 @dataclass(frozen=True, kw_only=True)

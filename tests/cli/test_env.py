@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from llmc.compiler.cli import main
-from llmc.compiler.hardware import device
+from llmc.compiler.target.device import device
 
 SEED = Path(__file__).parents[2] / "../shared/seed-readme.zh.md"
 MODES = [(name, attention) for name in ("atlas-800i-a2", "atlas-300i-duo") for attention in ("paged", "flash")]

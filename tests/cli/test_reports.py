@@ -12,9 +12,9 @@ import pytest
 from llmc.compiler import artifact
 from llmc.compiler.atb.core import snake_case
 from llmc.compiler.cli import main
-from llmc.compiler.explain import explain, show_explanation
 from llmc.compiler.listing import at_layer, collapse, expand, layer_numbers, ranges
 from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.reports.explain import explain, show_explanation
 
 SMALL = """
 extends: families/llama

@@ -21,7 +21,7 @@ BARE_LOCALE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 CHECKPOINT = """
 import sys, torch
 from pathlib import Path
-from llmc.compiler.checkpoint import read_config, variant_from_config
+from llmc.compiler.language.checkpoint import read_config, variant_from_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 

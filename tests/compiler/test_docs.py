@@ -7,9 +7,9 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
-from llmc.compiler.atb.docs import page
-from llmc.compiler.build import build_model
-from llmc.compiler.source import loads
+from llmc.compiler.language.build import build_model
+from llmc.compiler.language.source import loads
+from llmc.compiler.reports.atb_docs import page
 
 DOCS = Path(__file__).parents[2] / "docs"
 BASE = "extends: llama2-7b\nname: example\n"  # what docs/language.md says that an addition is added to
@@ -30,7 +30,7 @@ EXAMPLES = [
 
 def test_atb_page_is_what_the_table_says():
     stored = (DOCS / "atb-operations.md").read_text(encoding="utf-8")
-    assert stored == page(), "run: python -m llmc.compiler.atb.docs > docs/atb-operations.md"
+    assert stored == page(), "run: python -m llmc.compiler.reports.atb_docs > docs/atb-operations.md"
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 from llmc.compiler.ir import AtbGraph
+from llmc.compiler.language.source import catalogue
 from llmc.compiler.listing import collapse, operations, show_tensor
 from llmc.compiler.pipeline import Options, compile_model
-from llmc.compiler.source import catalogue
 
 GOLDEN = Path(__file__).parent / "golden"
 WRITE = bool(os.environ.get("LLMC_WRITE_GOLDEN"))

@@ -12,13 +12,13 @@ import yaml
 from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.atb.collective import domain_fits
 from llmc.compiler.atb.core import AtbError, Desc
-from llmc.compiler.build import load_model
 from llmc.compiler.diagnostics import DiagnosticError, UserError
-from llmc.compiler.hardware import device, device_names
-from llmc.compiler.legality import problems
-from llmc.compiler.legality_docs import page
+from llmc.compiler.language.build import load_model
+from llmc.compiler.language.source import catalogue
 from llmc.compiler.pipeline import Options, compile_model
-from llmc.compiler.source import catalogue
+from llmc.compiler.reports.legality_docs import page
+from llmc.compiler.target.device import device, device_names
+from llmc.compiler.target.legality import problems
 from test_lowering import LAYERS, RECORDED
 
 ENTRIES: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "refusals.yaml").read_text())
@@ -197,7 +197,7 @@ def test_a_fusion_of_the_device_is_left_out_and_one_asked_for_is_refused_where_r
 
 def test_the_page_is_what_the_tables_say():
     stored = (Path(__file__).parents[2] / "docs/legality.md").read_text(encoding="utf-8")
-    assert stored == page(), "run: python -m llmc.compiler.legality_docs > docs/legality.md"
+    assert stored == page(), "run: python -m llmc.compiler.reports.legality_docs > docs/legality.md"
 
 
 @pytest.mark.parametrize(("head_dim", "words"), [(24, "a multiple of 16"), (8, "16 to 4096"), (512, "at most 256")])

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import yaml
-from llmc.compiler import plan as planning
 from llmc.compiler.cli import main
 from llmc.compiler.diagnostics import UserError
-from llmc.compiler.hardware import Board, Link, device, device_names, parse_size
 from llmc.compiler.memory import last_true, needed
 from llmc.compiler.pipeline import Options
-from llmc.compiler.plan import Workload, plan
-from llmc.compiler.roofline import Cost, seconds_by_bound
+from llmc.compiler.reports import plan as planning
+from llmc.compiler.reports.plan import Workload, plan
+from llmc.compiler.reports.roofline import Cost, seconds_by_bound
+from llmc.compiler.target.device import Board, Link, device, device_names, parse_size
 
 MATRIX = Path(os.environ.get("LLMC_FEATURE_MATRIX", Path(__file__).parents[2] / "../shared/data/feature-matrix.yaml"))
 GIVEN = pytest.mark.skipif(not MATRIX.is_file(), reason=f"no feature matrix at {MATRIX} (set LLMC_FEATURE_MATRIX)")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from llmc.compiler import show
 from llmc.compiler.artifact import make_manifest
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.reports import show
 
 LAYERS = Path(os.environ.get("LLMC_ATB_LAYERS", Path(__file__).parents[2] / "../shared/data/atb-layers"))
 MODES = [(a, f) for a in ("paged", "flash") for f in ((), ("swiglu",), ("swiglu", "add_norm"))]

@@ -19,13 +19,13 @@ from llmc.compiler import artifact
 from llmc.compiler.memory import evaluate, form_of, largest, step_forms, workspace
 from llmc.compiler.pipeline import Compiled, Options, compile_model
 from llmc.runtime import hostatb
-from llmc.runtime.engine import Engine
+from llmc.runtime.engine.engine import Engine
+from llmc.runtime.engine.runner import make_caches, make_constants
+from llmc.runtime.engine.sampling import SamplingParams
 from llmc.runtime.executor import Executor
 from llmc.runtime.hostatb import graph as graphs
 from llmc.runtime.hostatb.operation import Operation
 from llmc.runtime.hostatb.step import Step
-from llmc.runtime.runner import make_caches, make_constants
-from llmc.runtime.sampling import SamplingParams
 
 MODEL = """
 extends: families/llama

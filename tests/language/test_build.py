@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from llmc.compiler.build import build, build_model, load_model
 from llmc.compiler.diagnostics import DiagnosticError
 from llmc.compiler.ir import Graph, Rows, TensorType
-from llmc.compiler.source import catalogue, loads
+from llmc.compiler.language.build import build, build_model, load_model
+from llmc.compiler.language.source import catalogue, loads
 
 GRAPHS = Path(__file__).parents[2] / "graphs"
 SIZES = "sizes: {vocab: 32, hidden: 16, ffn: 24, layers: 2, heads: 4, kv_heads: 2, max_positions: 64}\n"
@@ -305,7 +305,7 @@ def test_catalogue_has_the_published_number_of_parameters(name):
 
 def test_building_70b_is_fast_and_needs_no_torch():
     code = (
-        "import json, sys, time; from llmc.compiler.build import load_model; load_model('llama2-7b');"
+        "import json, sys, time; from llmc.compiler.language.build import load_model; load_model('llama2-7b');"
         "start = time.process_time(); load_model('llama2-70b'); end = time.process_time();"
         "print(json.dumps([end - start, sorted({'torch', 'numpy'} & set(sys.modules))]))"
     )

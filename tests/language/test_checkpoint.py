@@ -6,10 +6,16 @@ import json
 from typing import Any
 
 import pytest
-from llmc.compiler.build import build_model, load_model
-from llmc.compiler.checkpoint import check_config, choose_variant, read_config, rope_from_config, variant_from_config
 from llmc.compiler.diagnostics import DiagnosticError, UserError
-from llmc.compiler.source import loads
+from llmc.compiler.language.build import build_model, load_model
+from llmc.compiler.language.checkpoint import (
+    check_config,
+    choose_variant,
+    read_config,
+    rope_from_config,
+    variant_from_config,
+)
+from llmc.compiler.language.source import loads
 
 pytestmark = pytest.mark.transformers
 

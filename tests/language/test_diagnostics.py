@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from llmc.compiler.build import build_model, load_model
 from llmc.compiler.diagnostics import CODES, MAX_REPORTED, Diagnostic, DiagnosticError, to_json
-from llmc.compiler.source import loads
+from llmc.compiler.language.build import build_model, load_model
+from llmc.compiler.language.source import loads
 
 CASES = Path(__file__).parents[1] / "cases" / "language"
 NAMES = sorted(p.stem for p in CASES.glob("*.yaml"))

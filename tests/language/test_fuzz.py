@@ -8,9 +8,9 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from llmc.compiler.build import Model, build_model
 from llmc.compiler.diagnostics import DiagnosticError, to_json
-from llmc.compiler.source import loads
+from llmc.compiler.language.build import Model, build_model
+from llmc.compiler.language.source import loads
 
 GRAPHS = Path(__file__).parents[2] / "graphs"
 TINY = (Path(__file__).parents[1] / "cases" / "language" / "base" / "tiny.yaml").read_bytes()

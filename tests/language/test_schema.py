@@ -9,9 +9,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from llmc.compiler.build import build_model
-from llmc.compiler.schema import authored, documentation, schema, schema_text
-from llmc.compiler.source import loads
+from llmc.compiler.language.build import build_model
+from llmc.compiler.language.schema import authored, documentation, schema, schema_text
+from llmc.compiler.language.source import loads
 
 ROOT = Path(__file__).parents[2]
 CASES = ROOT / "tests" / "cases" / "language"
@@ -25,12 +25,14 @@ def validator():
 
 
 def test_stored_schema_is_up_to_date():
-    assert (ROOT / "graphs" / "schema.json").read_text() == schema_text(), "run: python -m llmc.compiler.schema"
+    assert (ROOT / "graphs" / "schema.json").read_text() == schema_text(), (
+        "run: python -m llmc.compiler.language.schema"
+    )
 
 
 def test_generated_tables_of_the_language_reference_are_up_to_date():
     page = (ROOT / "docs" / "language.md").read_text()
-    assert documentation(page) == page, "run: python -m llmc.compiler.schema"
+    assert documentation(page) == page, "run: python -m llmc.compiler.language.schema"
     assert all(f"### `{op.name}`" in page for op in authored())
 
 

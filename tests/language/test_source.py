@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
-from llmc.compiler import source
 from llmc.compiler.diagnostics import DiagnosticError
-from llmc.compiler.source import Scalar, catalogue, load, loads
+from llmc.compiler.language import source
+from llmc.compiler.language.source import Scalar, catalogue, load, loads
 
 
 def refused(text: str | bytes, code: str, words: str, position: tuple[int, int] | None = None) -> DiagnosticError:

@@ -31,8 +31,8 @@ import torch.distributed as dist
 import yaml
 from huggingface_hub.utils import disable_progress_bars
 from llmc.compiler import artifact
-from llmc.compiler.build import load_model
-from llmc.compiler.source import catalogue
+from llmc.compiler.language.build import load_model
+from llmc.compiler.language.source import catalogue
 from tiny import LENGTHS, bind, build, reference, save_model, sequences
 
 WORLDS = (2, 3, 4, 8)

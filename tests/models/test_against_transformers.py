@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from equal_ranks import shrunk
-from llmc.compiler.source import catalogue
+from llmc.compiler.language.source import catalogue
 from tiny import CONFIGS, LENGTHS, load, reference, save_checkpoint, save_model, sequences, variant
 
 ATTENTION = ("paged", "flash")

@@ -14,14 +14,15 @@ import torch
 from llmc.compiler import artifact
 from llmc.compiler.cli import main
 from llmc.compiler.pipeline import Options, compile_model
-from llmc.runtime import hostatb, rows
+from llmc.runtime import hostatb
 from llmc.runtime.demo import demo_weights
+from llmc.runtime.engine import rows
+from llmc.runtime.engine.runner import make_caches
+from llmc.runtime.engine.sampling import SamplingParams
+from llmc.runtime.engine.scheduler import Batch
+from llmc.runtime.engine.sequence import Sequence as Request
 from llmc.runtime.hostatb.collective import run_ranks
 from llmc.runtime.hostatb.numeric import format_of, set_format
-from llmc.runtime.runner import make_caches
-from llmc.runtime.sampling import SamplingParams
-from llmc.runtime.scheduler import Batch
-from llmc.runtime.sequence import Sequence as Request
 from tiny import Ours, bind, save_checkpoint, variant
 from torch import Tensor
 

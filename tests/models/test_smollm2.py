@@ -7,16 +7,16 @@ from functools import partial
 import pytest
 import torch
 from llmc.compiler import artifact
-from llmc.compiler.checkpoint import choose_variant, read_config
+from llmc.compiler.language.checkpoint import choose_variant, read_config
 from llmc.compiler.pipeline import Options, compile_model
 from llmc.runtime import hostatb
 from llmc.runtime.demo import demo_weights
-from llmc.runtime.engine import Engine
+from llmc.runtime.engine.engine import Engine
+from llmc.runtime.engine.runner import make_caches, make_constants
+from llmc.runtime.engine.sampling import SamplingParams
+from llmc.runtime.engine.tokenizer import load_tokenizer
 from llmc.runtime.executor import Executor
 from llmc.runtime.hostatb.collective import run_ranks
-from llmc.runtime.runner import make_caches, make_constants
-from llmc.runtime.sampling import SamplingParams
-from llmc.runtime.tokenizer import load_tokenizer
 from llmc.runtime.weights import load_weights
 
 PROMPTS = [

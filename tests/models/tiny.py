@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from llmc.compiler import artifact
-from llmc.compiler.checkpoint import read_config, variant_from_config
+from llmc.compiler.language.checkpoint import read_config, variant_from_config
 from llmc.compiler.pipeline import Options, compile_model
 from llmc.runtime import hostatb
-from llmc.runtime.blocks import BlockManager, RowManager
+from llmc.runtime.engine.blocks import BlockManager, RowManager
+from llmc.runtime.engine.runner import Runner, make_caches, make_constants
+from llmc.runtime.engine.sampling import SamplingParams
+from llmc.runtime.engine.scheduler import Scheduler
+from llmc.runtime.engine.sequence import Sequence as Request
 from llmc.runtime.executor import Executor
 from llmc.runtime.hostatb.collective import run_ranks
-from llmc.runtime.runner import Runner, make_caches, make_constants
-from llmc.runtime.sampling import SamplingParams
-from llmc.runtime.scheduler import Scheduler
-from llmc.runtime.sequence import Sequence as Request
 from llmc.runtime.weights import load_weights
 from torch import Tensor
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from llmc.compiler.diagnostics import UserError
-from llmc.runtime.blocks import BlockManager, RowManager, blocks_for, slot
-from llmc.runtime.sampling import SamplingParams
-from llmc.runtime.sequence import Sequence
+from llmc.runtime.engine.blocks import BlockManager, RowManager, blocks_for, slot
+from llmc.runtime.engine.sampling import SamplingParams
+from llmc.runtime.engine.sequence import Sequence
 
 
 def sequence(tokens: int) -> Sequence:

@@ -20,9 +20,9 @@ import numpy
 import pytest
 import torch
 from llmc.compiler.diagnostics import UserError
-from llmc.runtime import convert as convert_module
-from llmc.runtime import convert_gguf
-from llmc.runtime.convert import INDEX_FILE, PROGRESS_FILE, add_convert_flags, convert, run
+from llmc.runtime.convert import convert as convert_module
+from llmc.runtime.convert import gguf as convert_gguf
+from llmc.runtime.convert.convert import INDEX_FILE, PROGRESS_FILE, add_convert_flags, convert, run
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -624,7 +624,7 @@ def test_command_takes_the_original_spelling_and_prints_one_line(tmp_path, capsy
 
 
 def test_flags_need_no_torch():
-    code = "import sys, llmc.runtime.convert, llmc.runtime.demo; sys.exit('torch' in sys.modules)"
+    code = "import sys, llmc.runtime.convert.convert, llmc.runtime.demo; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert math.isfinite(convert_module.MAX_SHARD_BYTES)
 

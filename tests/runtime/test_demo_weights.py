@@ -15,7 +15,7 @@ import pytest
 import torch
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime import demo as demo_module
-from llmc.runtime.convert_gguf import config_of, read_header, tensors_of
+from llmc.runtime.convert.gguf import config_of, read_header, tensors_of
 from llmc.runtime.demo import GGUF_NAME, add_demo_flags, cache_directory, demo, demo_weights
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer

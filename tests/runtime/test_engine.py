@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmc.compiler.diagnostics import UserError
-from llmc.runtime.engine import Engine
-from llmc.runtime.runner import make_caches, make_constants
-from llmc.runtime.sampling import SamplingParams
-from llmc.runtime.tokenizer import Tokenizer
+from llmc.runtime.engine.engine import Engine
+from llmc.runtime.engine.runner import make_caches, make_constants
+from llmc.runtime.engine.sampling import SamplingParams
+from llmc.runtime.engine.tokenizer import Tokenizer
 
 VOCAB = 50
 EOS = 7

@@ -8,10 +8,10 @@ from llmc.compiler import artifact
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.pipeline import Options, compile_model
 from llmc.runtime import hostatb
-from llmc.runtime.engine import Engine
+from llmc.runtime.engine.engine import Engine
+from llmc.runtime.engine.runner import make_caches, make_constants
+from llmc.runtime.engine.sampling import SamplingParams
 from llmc.runtime.executor import Executor
-from llmc.runtime.runner import make_caches, make_constants
-from llmc.runtime.sampling import SamplingParams
 
 MODEL = """
 extends: families/llama

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from llmc.compiler.artifact import make_manifest
 from llmc.compiler.diagnostics import UserError
-from llmc.compiler.hardware import device
 from llmc.compiler.memory import needed
 from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.target.device import device
 from llmc.runtime.room import Limit, Room, make_room, memory_limit
 
 GIB = 2**30

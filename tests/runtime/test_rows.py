@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from llmc.compiler.diagnostics import UserError
-from llmc.runtime.blocks import RowManager
+from llmc.runtime.engine.blocks import RowManager
+from llmc.runtime.engine.rows import BlockedRows
+from llmc.runtime.engine.sampling import SamplingParams
+from llmc.runtime.engine.scheduler import Scheduler
+from llmc.runtime.engine.sequence import Sequence as Request
 from llmc.runtime.hostatb.numeric import format_of
-from llmc.runtime.rows import BlockedRows
-from llmc.runtime.sampling import SamplingParams
-from llmc.runtime.scheduler import Scheduler
-from llmc.runtime.sequence import Sequence as Request
 
 POSITIONS = 32
 

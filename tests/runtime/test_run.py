@@ -16,9 +16,9 @@ from llmc.compiler.cli import main
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.memory import needed
 from llmc.compiler.pipeline import Options, compile_model
+from llmc.runtime.engine.runner import make_caches
 from llmc.runtime.flags import add_run_flags
 from llmc.runtime.run import read_prompts, replicate
-from llmc.runtime.runner import make_caches
 
 PROMPTS = [[1, 5, 9, 2], [3] * 11, [7]]
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmc.compiler.diagnostics import UserError
-from llmc.runtime.sampling import Sampler, SamplingParams, draw, keep, make_generator, penalise
+from llmc.runtime.engine.sampling import Sampler, SamplingParams, draw, keep, make_generator, penalise
 
 VOCAB = 40
 

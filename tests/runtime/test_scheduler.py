@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmc.compiler.diagnostics import UserError
-from llmc.runtime.blocks import BlockManager, RowManager
-from llmc.runtime.sampling import SamplingParams
-from llmc.runtime.scheduler import Scheduler
-from llmc.runtime.sequence import Sequence
+from llmc.runtime.engine.blocks import BlockManager, RowManager
+from llmc.runtime.engine.sampling import SamplingParams
+from llmc.runtime.engine.scheduler import Scheduler
+from llmc.runtime.engine.sequence import Sequence
 
 
 def sequence(prompt: int, answer: int = 4) -> Sequence:

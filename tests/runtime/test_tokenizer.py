@@ -10,7 +10,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmc.compiler.diagnostics import UserError
-from llmc.runtime.tokenizer import TextStream, Tokenizer, load_tokenizer, render_chat
+from llmc.runtime.engine.tokenizer import TextStream, Tokenizer, load_tokenizer, render_chat
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Fast
 

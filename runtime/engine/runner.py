@@ -17,13 +17,13 @@ from typing import Any, Protocol
 
 import torch
 from llmc.compiler.diagnostics import UserError
-from llmc.runtime.blocks import BLOCK_SIZE, slot
+from llmc.runtime.engine.blocks import BLOCK_SIZE, slot
+from llmc.runtime.engine.rows import BlockedRows
+from llmc.runtime.engine.scheduler import Batch
+from llmc.runtime.engine.sequence import Sequence as Request
 from llmc.runtime.formats import in_format
 from llmc.runtime.hostatb.numeric import nd_to_nz
 from llmc.runtime.rope import rope_tables
-from llmc.runtime.rows import BlockedRows
-from llmc.runtime.scheduler import Batch
-from llmc.runtime.sequence import Sequence as Request
 
 
 class Executes(Protocol):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.compiler.diagnostics import UserError
-from llmc.runtime.convert import PROGRESS_FILE, SAFETENSORS_DTYPES, Plan, Tensor, read_json
+from llmc.runtime.convert.convert import PROGRESS_FILE, SAFETENSORS_DTYPES, Plan, Tensor, read_json
 
 if TYPE_CHECKING:
     import torch

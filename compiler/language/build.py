@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
-from llmc.compiler import source
 from llmc.compiler.diagnostics import Place, did_you_mean
 from llmc.compiler.ir import Graph, Node, Source, TensorType, Weight
-from llmc.compiler.language import INPUTS, MAX_NODES, CallDef, Def, Language, NodeDef, Rule
+from llmc.compiler.language import source
+from llmc.compiler.language.definitions import INPUTS, MAX_NODES, CallDef, Def, Language, NodeDef, Rule
+from llmc.compiler.language.reading import Ref
+from llmc.compiler.language.source import Document, Scalar
 from llmc.compiler.ops import OPS, NoRule
-from llmc.compiler.reading import Ref
-from llmc.compiler.source import Document, Scalar
 
 
 @dataclass(frozen=True, kw_only=True)

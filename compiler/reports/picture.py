@@ -31,14 +31,14 @@ from llmc.compiler.atb.core import GRAPH_LIMITS
 from llmc.compiler.diagnostics import Place, UserError, portable
 from llmc.compiler.emit.render import render
 from llmc.compiler.emit.rows import param_call
-from llmc.compiler.explain import Stages, became, owner, plain, stages
 from llmc.compiler.ir import AtbGraph, AtbNode, AtbTensor, Graph, Node, TensorType, Weight, show_shape
 from llmc.compiler.listing import LAYER, in_layer, plain_param, show_plain_tensor
 from llmc.compiler.memory import cached_bytes, known_bytes
 from llmc.compiler.ops import OPS
 from llmc.compiler.passes.segment import Segment, why_it_ends
 from llmc.compiler.pipeline import Compiled
-from llmc.compiler.show import head_line, show_bytes, summary
+from llmc.compiler.reports.explain import Stages, became, owner, plain, stages
+from llmc.compiler.reports.show import head_line, show_bytes, summary
 
 Row = dict[str, Any]
 Line = list[str]

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llmc.compiler.diagnostics import Place, Report, did_you_mean
-from llmc.compiler.expressions import ExpressionError, Number, evaluate
-from llmc.compiler.source import List, Map, Scalar, Value, show
+from llmc.compiler.language.expressions import ExpressionError, Number, evaluate
+from llmc.compiler.language.source import List, Map, Scalar, Value, show
 
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 

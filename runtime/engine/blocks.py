@@ -15,7 +15,7 @@ from typing import ClassVar, Protocol
 
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.ops.attention import BLOCK_SIZE
-from llmc.runtime.sequence import Sequence
+from llmc.runtime.engine.sequence import Sequence
 
 
 class CacheRoom(Protocol):

@@ -11,8 +11,8 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from llmc.compiler import legality
-from llmc.compiler.hardware import Variable, device
+from llmc.compiler.target import legality
+from llmc.compiler.target.device import Variable, device
 
 TODAY = {True: "read", False: "ignored", None: "unknown"}
 

@@ -22,7 +22,7 @@ from llmc.compiler.memory import known_bytes
 from llmc.compiler.ops import OPS
 from llmc.compiler.passes.phase import split_phase
 from llmc.compiler.pipeline import PHASE_PASSES, Compiled
-from llmc.compiler.show import head_line, show_bytes
+from llmc.compiler.reports.show import head_line, show_bytes
 
 Stages = list[tuple[str, str, Graph]]  # name of a pass, its reason, the graph after it
 

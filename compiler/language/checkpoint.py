@@ -17,13 +17,13 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llmc.compiler.build import Model
 from llmc.compiler.diagnostics import Diagnostic, DiagnosticError, Place, UserError
-from llmc.compiler.expressions import ExpressionError, Number, UnknownName, evaluate
-from llmc.compiler.language import MODEL_NAME, SCALINGS, Language, Rule
-from llmc.compiler.reading import NAME
+from llmc.compiler.language.build import Model
+from llmc.compiler.language.definitions import MODEL_NAME, SCALINGS, Language, Rule
+from llmc.compiler.language.expressions import ExpressionError, Number, UnknownName, evaluate
+from llmc.compiler.language.reading import NAME
+from llmc.compiler.language.source import Map, Scalar, catalogue, load
 from llmc.compiler.sharding import deal_heads
-from llmc.compiler.source import Map, Scalar, catalogue, load
 
 FAMILY = "families/llama"
 # Names of rope settings in config.json (transformers/modeling_rope_utils.py) that are not ours.

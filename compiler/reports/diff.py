@@ -17,7 +17,7 @@ from typing import Any
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.listing import LAYER, at_layer, collapse, expand, in_layer, layer_numbers
 from llmc.compiler.passes.phase import PHASES
-from llmc.compiler.show import show_bytes
+from llmc.compiler.reports.show import show_bytes
 
 Fields = dict[str, Any]
 Sections = dict[str, dict[str, Fields]]  # section -> name -> field -> value

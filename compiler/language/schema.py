@@ -1,6 +1,6 @@
 """The operator registry -> the JSON Schema that editors use, and the operator tables of the language reference.
 
-    python -m llmc.compiler.schema        # writes graphs/schema.json
+    python -m llmc.compiler.language.schema        # writes graphs/schema.json
 
 The schema accepts what a file may say on its own. A file that `extends` another states parts of nodes, so keys that a
 whole model needs are not required here; `llmc check` looks at the merged model.
@@ -13,11 +13,11 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llmc.compiler import reading
-from llmc.compiler.hardware import ATTENTION, DTYPES, device_names
-from llmc.compiler.language import BLOCK_KEYS, INPUTS, MODEL_KEYS, MODEL_NAME, PAIRINGS, PATTERN, SCALINGS
+from llmc.compiler.language import reading
+from llmc.compiler.language.definitions import BLOCK_KEYS, INPUTS, MODEL_KEYS, MODEL_NAME, PAIRINGS, PATTERN, SCALINGS
+from llmc.compiler.language.source import GRAPHS
 from llmc.compiler.ops import FAMILIES, OPS, Attr, Op
-from llmc.compiler.source import GRAPHS
+from llmc.compiler.target.device import ATTENTION, DTYPES, device_names
 
 WORD = reading.NAME.pattern
 NAME = f"^{WORD}$"

@@ -27,7 +27,7 @@ from llmc.compiler.ops.collective import fused_param
 from llmc.compiler.ops.elementwise import CASTS
 
 if TYPE_CHECKING:
-    from llmc.compiler.hardware import Device
+    from llmc.compiler.target.device import Device
 
 # Axis -> what it is. Those with a flag are chosen by users, the others by the compiler.
 AXES: Mapping[str, str] = {

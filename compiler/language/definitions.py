@@ -15,13 +15,13 @@ from typing import Any
 
 import networkx as nx
 from llmc.compiler.diagnostics import Place, Report, did_you_mean
-from llmc.compiler.expressions import ExpressionError, Number, UnknownName, evaluate
-from llmc.compiler.hardware import ATTENTION, DTYPES, device_names
 from llmc.compiler.ir import Graph, Rows, TensorType
+from llmc.compiler.language.expressions import ExpressionError, Number, UnknownName, evaluate
+from llmc.compiler.language.reading import TOLD, Reader, Ref
+from llmc.compiler.language.source import Document, List, Map, Scalar, Value, show
 from llmc.compiler.ops import OPS, Attr, Op
 from llmc.compiler.passes.types import in_layers, is_named
-from llmc.compiler.reading import TOLD, Reader, Ref
-from llmc.compiler.source import Document, List, Map, Scalar, Value, show
+from llmc.compiler.target.device import ATTENTION, DTYPES, device_names
 
 MAX_NODES = 10_000
 MAX_NESTING = 20

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmc.compiler.diagnostics import UserError
-from llmc.runtime.blocks import CacheRoom
-from llmc.runtime.sequence import Sequence
+from llmc.runtime.engine.blocks import CacheRoom
+from llmc.runtime.engine.sequence import Sequence
 
 Phase = Literal["prefill", "decode"]
 

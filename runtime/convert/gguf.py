@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.compiler.diagnostics import UserError
-from llmc.runtime.convert import Plan, Tensor, write_json
+from llmc.runtime.convert.convert import Plan, Tensor, write_json
 
 if TYPE_CHECKING:
     import gguf

@@ -1,6 +1,6 @@
 """The tables of legality as a page.
 
-python -m llmc.compiler.legality_docs > docs/legality.md
+python -m llmc.compiler.reports.legality_docs > docs/legality.md
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from itertools import product
 from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.atb.core import ENUMS, GRAPH_LIMITS, MAX_NODES_AT_CREATE, MAX_TENSOR_BYTES, Desc
 from llmc.compiler.atb.elementwise import CAST
-from llmc.compiler.hardware import ATTENTION, DTYPES, Device, device, device_names
 from llmc.compiler.ir import AtbGraph, AtbNode, evaluate
-from llmc.compiler.legality import AXES, COMMON, Row, legal_values, refusal
 from llmc.compiler.ops.elementwise import CASTS
 from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.target.device import ATTENTION, DTYPES, Device, device, device_names
+from llmc.compiler.target.legality import AXES, COMMON, Row, legal_values, refusal
 from llmc.compiler.verify import SAMPLES
 
 HEAD = """# What is legal where
 
-Generated from `graphs/hardware/` and `compiler/atb/` by `python -m llmc.compiler.legality_docs`. `compiler/legality.py`
-reads the same tables when it refuses a choice, and names the row. `--allow-unsupported` passes over what a model's
-`support:` does not offer, never over these tables. A source is a section of the maintainers' reference of ATB 8.5.0,
-which is not in this repository, or the name of a refusal that the vendor's own host library gave.
+Generated from `graphs/hardware/` and `compiler/atb/` by `python -m llmc.compiler.reports.legality_docs`.
+`compiler/target/legality.py` reads the same tables when it refuses a choice, and names the row. `--allow-unsupported`
+passes over what a model's `support:` does not offer, never over these tables. A source is a section of the maintainers'
+reference of ATB 8.5.0, which is not in this repository, or the name of a refusal that the vendor's own host library
+gave.
 """
 KERNELS = """## Kernels
 

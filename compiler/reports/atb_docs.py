@@ -1,6 +1,6 @@
 """The ATB table as a page.
 
-python -m llmc.compiler.atb.docs > docs/atb-operations.md
+python -m llmc.compiler.reports.atb_docs > docs/atb-operations.md
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from llmc.compiler.atb.core import ENUMS, GRAPH_LIMITS, AtbOp, Field
 
 HEAD = """# ATB operations
 
-Generated from `compiler/atb/` by `python -m llmc.compiler.atb.docs`; lowering, verification, emission and hostatb read
-the same table. Names are C++ / torch_atb. Rules and dtype rows depend on parameters and are functions there; this page
-lists what does not. Sources are sections of the maintainers' reference of ATB 8.5.0, from which the table was made and
-which is not in this repository, and files of ATB's own sources.
+Generated from `compiler/atb/` by `python -m llmc.compiler.reports.atb_docs`; lowering, verification, emission and
+hostatb read the same table. Names are C++ / torch_atb. Rules and dtype rows depend on parameters and are functions
+there; this page lists what does not. Sources are sections of the maintainers' reference of ATB 8.5.0, from which the
+table was made and which is not in this repository, and files of ATB's own sources.
 """
 
 

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from llmc.compiler.diagnostics import UserError
+from llmc.runtime.engine.scheduler import Batch, Move
 from llmc.runtime.formats import in_format, plain
-from llmc.runtime.scheduler import Batch, Move
 
 
 class BlockedRows:

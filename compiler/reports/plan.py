@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llmc.compiler.atb.collective import DEVICE_COUNT
-from llmc.compiler.build import load_model
 from llmc.compiler.diagnostics import DiagnosticError, UserError
-from llmc.compiler.hardware import UNITS, Board, Device, Link, device
+from llmc.compiler.language.build import load_model
 from llmc.compiler.memory import PREFILL_TOKENS, last_true, needed
 from llmc.compiler.ops.attention import BLOCK_SIZE
 from llmc.compiler.pipeline import Compiled, Options, check_support, compile_model
-from llmc.compiler.roofline import step_facts
+from llmc.compiler.reports.roofline import step_facts
+from llmc.compiler.target.device import UNITS, Board, Device, Link, device
 
 MOST_SEQUENCES = 1 << 16  # where the search for the largest batch ends
 

@@ -6,7 +6,7 @@ several), for GGUF also config and tokenizer, and a `Summary`.
     llmc convert weights/llama-7b                    # pytorch_model.bin -> model.safetensors, beside it
     llmc convert smollm2.Q4_1.gguf --output smollm2  # config.json, tokenizer.json, model.safetensors, ...
 
-`convert_bin.py` and `convert_gguf.py` read a source into a `Plan`; this file writes plans. Tensors are written one
+`pytorch_bin.py` and `gguf.py` read a source into a `Plan`; this file writes plans. Tensors are written one
 after the other, so memory holds one of them (GGUF: a slice of one). Until everything is written the files are called
 `*.partial`, and `.llmc-convert.json` lists those that are complete with size and hash: the same command continues an
 interrupted run. Then they get their names, `config.json` comes last, and the progress file goes.
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.compiler.diagnostics import UserError
-from llmc.compiler.hardware import DTYPES
+from llmc.compiler.target.device import DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -164,13 +164,13 @@ def _plan(source: Path, dtype: str | None, max_shard_bytes: int) -> Plan:
     if not source.exists():
         raise UserError(f"{source}: no such file or directory; convert reads a directory with .bin weights, or a .gguf")
     if source.is_dir():
-        from llmc.runtime.convert_bin import plan_bin
+        from llmc.runtime.convert.pytorch_bin import plan_bin
 
         return plan_bin(source, dtype)
     with source.open("rb") as file:
         magic = file.read(4)
     if magic == b"GGUF":
-        from llmc.runtime.convert_gguf import plan_gguf
+        from llmc.runtime.convert.gguf import plan_gguf
 
         return plan_gguf(source, dtype, max_shard_bytes)
     if source.suffix == ".bin":

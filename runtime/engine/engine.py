@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 from llmc.compiler.diagnostics import UserError
-from llmc.runtime.blocks import BlockManager, CacheRoom, RowManager
-from llmc.runtime.runner import Executes, Runner, block_size, cache_sizes, is_paged
-from llmc.runtime.sampling import Sampler, Samples, SamplingParams
-from llmc.runtime.scheduler import Scheduler
-from llmc.runtime.sequence import Sequence as Request
-from llmc.runtime.tokenizer import TextStream, Tokenizer
+from llmc.runtime.engine.blocks import BlockManager, CacheRoom, RowManager
+from llmc.runtime.engine.runner import Executes, Runner, block_size, cache_sizes, is_paged
+from llmc.runtime.engine.sampling import Sampler, Samples, SamplingParams
+from llmc.runtime.engine.scheduler import Scheduler
+from llmc.runtime.engine.sequence import Sequence as Request
+from llmc.runtime.engine.tokenizer import TextStream, Tokenizer
 
 StreamCallback = Callable[[int, str], None]  # index of the prompt, new text
 

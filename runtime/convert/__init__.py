@@ -1,0 +1,1 @@
+"""`llmc convert`: checkpoints of other formats become Hugging Face directories with safetensors."""

@@ -1,0 +1,1 @@
+"""From prompts to answers over any executor: sequence, blocks, scheduler, runner, sampling, tokenizer, engine."""
