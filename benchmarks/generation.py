@@ -24,7 +24,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 from llmc.compiler import artifact
-from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 from llmc.runtime import hostatb
 from llmc.runtime.demo import GGUF_NAME, demo_weights
 from llmc.runtime.engine.blocks import BlockManager, RowManager

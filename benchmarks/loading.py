@@ -75,7 +75,8 @@ def compiled(folder: Path, **options: Any) -> dict[str, Any]:
     """Manifest of the checkpoint's model."""
     from llmc.compiler.artifact import make_manifest
     from llmc.compiler.language.checkpoint import read_config, variant_from_config
-    from llmc.compiler.pipeline import Options, compile_model
+    from llmc.compiler.options import Options
+    from llmc.compiler.pipeline import compile_model
 
     graph = folder / "variant.yaml"
     graph.write_text(variant_from_config(read_config(folder), "benchmark"))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.compiler.atb import OPS as ATB
+from llmc.compiler.compiled import Compiled
 from llmc.compiler.diagnostics import UserError, portable
 from llmc.compiler.emit.render import render
 from llmc.compiler.emit.rows import graph_name, python_rows
@@ -29,7 +30,6 @@ from llmc.compiler.ir import AtbGraph, AtbTensor, Weight
 from llmc.compiler.listing import operations
 from llmc.compiler.passes.phase import PHASES
 from llmc.compiler.passes.segment import Segment
-from llmc.compiler.pipeline import Compiled
 from llmc.compiler.sharding import Split, named
 
 FORMAT = 3  # of the manifest; raise when a reader of the old one would misunderstand the new one

@@ -191,7 +191,7 @@ def convert_flags(p: argparse.ArgumentParser) -> None:
 
 
 def _options(args: argparse.Namespace) -> Any:
-    from llmc.compiler.pipeline import Options
+    from llmc.compiler.options import Options
 
     fusions = None if args.fuse is None else tuple(w for w in args.fuse.split(",") if w and w != "none")
     return Options(

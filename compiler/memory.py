@@ -22,15 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmc.compiler.atb.core import DTYPE_BYTES
+from llmc.compiler.compiled import Compiled
 from llmc.compiler.ir import AtbGraph, AtbNode, AtbTensor, Shape
 from llmc.compiler.ops.attention import BLOCK_SIZE
-
-if TYPE_CHECKING:
-    from llmc.compiler.passes.segment import Segment
-    from llmc.compiler.pipeline import Compiled
+from llmc.compiler.passes.segment import Segment
 
 Form = Mapping[str, int]
 

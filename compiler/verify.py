@@ -27,6 +27,16 @@ SAMPLES: Sequence[Mapping[str, int]] = (
 )
 
 
+def verify(result: Graph | AtbGraph | Sequence[Segment], chip: str) -> None:
+    """The checks for whatever kind of graph a pass gave."""
+    if isinstance(result, Graph):
+        verify_graph(result)
+    elif isinstance(result, AtbGraph):
+        verify_atb(result, chip)
+    else:
+        verify_segments(result, chip)
+
+
 def verify_graph(graph: Graph) -> None:
     """Every check of GRAPH_CHECKS, or DiagnosticError."""
     _raise([d for check in GRAPH_CHECKS.values() for d in check(graph)])

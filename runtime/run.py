@@ -30,7 +30,8 @@ from llmc.compiler import artifact as artifacts
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.language.build import load_model
 from llmc.compiler.language.checkpoint import check_artifact_config, check_config, choose_variant, read_config
-from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 from llmc.compiler.target.device import device as device_profile
 from llmc.compiler.target.device import device_names
 from llmc.runtime import binding, npu

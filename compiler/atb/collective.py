@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from llmc.compiler.atb.core import (
     ACL_DTYPE,
@@ -601,5 +602,11 @@ LINEAR_PARALLEL = AtbOp(
     },
     source="atb-operations.md 3.3, 4; linear_parallel_operation.cpp, lcoc.cpp; data/atb-layers/refusals.json",
 )
+
+
+def fused_param(communicator: Mapping[str, Any]) -> dict[str, Any]:
+    """LinearParallel of x [T, k] @ weight [n, k] as in the checkpoint, summed over the ranks."""
+    return {**communicator, "transWeight": True, "type": LINEAR_ALL_REDUCE}
+
 
 OPS: tuple[AtbOp, ...] = (ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, BROADCAST, LINEAR_PARALLEL)

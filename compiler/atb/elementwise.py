@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmc.compiler.atb.core import (
+    ACL_BF16,
     ACL_DTYPE,
+    ACL_FLOAT,
+    ACL_FLOAT16,
     ACL_UNDEFINED,
     DIM,
     DIM_NUM,
@@ -37,6 +40,7 @@ ELEWISE_TYPES = {
 UNARY = (CAST, MULS, COS, SIN, NEG, QUANT, LOGICAL_NOT, DYNAMIC_QUANT, TANH)
 PER_CHANNEL = (QUANT_PER_CHANNEL, DEQUANT_PER_CHANNEL)
 COMPARISONS = (LESS, GREATER, EQUAL)
+CASTS = {"float32": ACL_FLOAT, "float16": ACL_FLOAT16, "bfloat16": ACL_BF16}  # dtype -> outTensorType of a CAST
 
 _F16, _F32, _BF16 = "float16", "float32", "bfloat16"
 

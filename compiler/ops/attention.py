@@ -17,7 +17,7 @@ from llmc.compiler.ops.core import Attr, NoRule, Op, Sharding, describe, same_dt
 from llmc.compiler.sharding import WHOLE, deal_heads, split_on
 
 if TYPE_CHECKING:
-    from llmc.compiler.passes.lower import Lowering, Ref
+    from llmc.compiler.ops.lowering import Lowering, Ref
 
 BLOCK_SIZE = 128  # positions in a cache block
 

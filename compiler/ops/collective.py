@@ -5,17 +5,17 @@ linear_all_reduce: a row-parallel linear and its all_reduce in one kernel (Linea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from llmc.compiler.atb.collective import LINEAR_ALL_REDUCE
+from llmc.compiler.atb.collective import fused_param
 from llmc.compiler.ir import Node, TensorType
 from llmc.compiler.ops.core import NoRule, Op, Sharding, WeightSlot, describe
 from llmc.compiler.ops.linear import linear_shape, linear_shard
 from llmc.compiler.sharding import PARTIAL, WHOLE
 
 if TYPE_CHECKING:
-    from llmc.compiler.passes.lower import Lowering
+    from llmc.compiler.ops.lowering import Lowering
 
 
 def same_type(node: Node, types: Sequence[TensorType]) -> list[TensorType]:
@@ -64,11 +64,6 @@ def linear_all_reduce_shard(node: Node, types: Sequence[TensorType], world_size:
 def linear_all_reduce_lower(node: Node, low: Lowering) -> None:
     param = fused_param({**low.communicator(), "backend": node.attrs["backend"]})
     low.emit(node, "LinearParallel", param, [low.read(node.inputs["x"]), low.weight(node, "weight", matmul=True)])
-
-
-def fused_param(communicator: Mapping[str, Any]) -> dict[str, Any]:
-    """x [T, k] @ weight [n, k] as in the checkpoint, summed over the ranks."""
-    return {**communicator, "transWeight": True, "type": LINEAR_ALL_REDUCE}
 
 
 OPS = (

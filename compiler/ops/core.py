@@ -15,7 +15,7 @@ from llmc.compiler.ir import Node, TensorType, show_shape
 from llmc.compiler.sharding import WHOLE, Shard
 
 if TYPE_CHECKING:
-    from llmc.compiler.passes.lower import Lowering
+    from llmc.compiler.ops.lowering import Lowering
 
 
 class NoRule(Exception):

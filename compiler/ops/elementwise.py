@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from llmc.compiler.atb.core import ACL_BF16, ACL_FLOAT, ACL_FLOAT16
-from llmc.compiler.atb.elementwise import ADD, CAST, MUL, SWIGLU_FORWARD, SWISH
+from llmc.compiler.atb.elementwise import ADD, CAST, CASTS, MUL, SWIGLU_FORWARD, SWISH
 from llmc.compiler.ir import Node, TensorType
 from llmc.compiler.ops.core import Attr, NoRule, Op, Sharding, element_shard, same_dtype, same_shard, unlike
 from llmc.compiler.sharding import split_on
 
 if TYPE_CHECKING:
-    from llmc.compiler.passes.lower import Lowering
-
-CASTS = {"float32": ACL_FLOAT, "float16": ACL_FLOAT16, "bfloat16": ACL_BF16}
+    from llmc.compiler.ops.lowering import Lowering
 
 
 def binary_shape(node: Node, types: Sequence[TensorType]) -> list[TensorType]:

@@ -10,7 +10,7 @@ from llmc.compiler.ops.core import Attr, NoRule, Op, Sharding, WeightSlot, same_
 from llmc.compiler.sharding import WHOLE, deal, split_on
 
 if TYPE_CHECKING:
-    from llmc.compiler.passes.lower import Lowering
+    from llmc.compiler.ops.lowering import Lowering
 
 
 def embedding_shape(node: Node, types: Sequence[TensorType]) -> list[TensorType]:

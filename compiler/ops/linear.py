@@ -14,7 +14,7 @@ from llmc.compiler.ops.core import Attr, NoRule, Op, Sharding, WeightSlot, descr
 from llmc.compiler.sharding import PARTIAL, WHOLE, Split, deal, deal_heads, split_on
 
 if TYPE_CHECKING:
-    from llmc.compiler.passes.lower import Lowering
+    from llmc.compiler.ops.lowering import Lowering
 
 
 def linear_shape(node: Node, types: Sequence[TensorType]) -> list[TensorType]:

@@ -10,7 +10,7 @@ from llmc.compiler.ir import Node, TensorType
 from llmc.compiler.ops.core import Attr, NoRule, Op, WeightSlot, same_dtype, whole_shard
 
 if TYPE_CHECKING:
-    from llmc.compiler.passes.lower import Lowering
+    from llmc.compiler.ops.lowering import Lowering
 
 
 def rms_norm_shape(node: Node, types: Sequence[TensorType]) -> list[TensorType]:

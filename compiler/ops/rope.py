@@ -9,7 +9,7 @@ from llmc.compiler.ir import Node, TensorType
 from llmc.compiler.ops.core import Attr, NoRule, Op, Sharding, describe, same_dtype
 
 if TYPE_CHECKING:
-    from llmc.compiler.passes.lower import Lowering
+    from llmc.compiler.ops.lowering import Lowering
 
 
 def rope_shape(node: Node, types: Sequence[TensorType]) -> list[TensorType]:

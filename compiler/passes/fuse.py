@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from llmc.compiler.atb.collective import fused_param
 from llmc.compiler.atb.core import Desc
 from llmc.compiler.atb.elementwise import SWIGLU_FORWARD
 from llmc.compiler.ir import Graph, Node, evaluate
-from llmc.compiler.ops.collective import fused_param
 from llmc.compiler.target.legality import refusal
 
 SOME_TOKENS = 16  # kernels look at the width only

@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import replace
 
 from llmc.compiler.atb.collective import DEVICE_COUNT
-from llmc.compiler.diagnostics import DiagnosticError, Report
+from llmc.compiler.diagnostics import Diagnostic, DiagnosticError, Report
 from llmc.compiler.ir import Graph, Node, TensorType, Weight
 from llmc.compiler.ops import OPS, NoRule
 from llmc.compiler.ops.core import Sharding
@@ -78,6 +78,18 @@ def shard(graph: Graph, world_size: int) -> Graph:
             report.add(error.code, f"output '{name}': {error.message}", graph.producer[value].place, **error.details)
     report.raise_if_any()
     return replace(graph, nodes=tuple(nodes), types=types, outputs=outputs, world_size=world_size)
+
+
+def split_over_ranks(graph: Graph, world_size: int) -> Graph:
+    """`shard`, and on refusal also the world sizes at which it would not refuse."""
+    try:
+        return shard(graph, world_size)
+    except DiagnosticError as error:
+        sizes = ", ".join(map(str, possible_sizes(graph)))
+        closing = Diagnostic(
+            code="E303", message=f"{graph.name} cannot be split over {world_size} ranks", needed=f"world size {sizes}"
+        )
+        raise DiagnosticError([*error.diagnostics, closing]) from None
 
 
 def possible_sizes(graph: Graph) -> list[int]:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
+from llmc.compiler.compiled import Compiled
 from llmc.compiler.diagnostics import UserError, did_you_mean
 from llmc.compiler.emit.rows import statements
 from llmc.compiler.ir import Graph, Node, TensorType, Weight, show_shape
@@ -21,7 +22,7 @@ from llmc.compiler.listing import LAYER
 from llmc.compiler.memory import known_bytes
 from llmc.compiler.ops import OPS
 from llmc.compiler.passes.phase import split_phase
-from llmc.compiler.pipeline import PHASE_PASSES, Compiled
+from llmc.compiler.pipeline import PHASE_PASSES
 from llmc.compiler.reports.show import head_line, show_bytes
 
 Stages = list[tuple[str, str, Graph]]  # name of a pass, its reason, the graph after it

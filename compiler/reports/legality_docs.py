@@ -10,12 +10,13 @@ from itertools import product
 
 from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.atb.core import ENUMS, GRAPH_LIMITS, MAX_NODES_AT_CREATE, MAX_TENSOR_BYTES, Desc
-from llmc.compiler.atb.elementwise import CAST
+from llmc.compiler.atb.elementwise import CAST, CASTS
 from llmc.compiler.ir import AtbGraph, AtbNode, evaluate
-from llmc.compiler.ops.elementwise import CASTS
-from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 from llmc.compiler.target.device import ATTENTION, DTYPES, Device, device, device_names
-from llmc.compiler.target.legality import AXES, COMMON, Row, legal_values, refusal
+from llmc.compiler.target.legality import refusal
+from llmc.compiler.target.table import AXES, COMMON, Row, legal_values
 from llmc.compiler.verify import SAMPLES
 
 HEAD = """# What is legal where

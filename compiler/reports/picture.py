@@ -28,6 +28,7 @@ from typing import Any
 
 from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.atb.core import GRAPH_LIMITS
+from llmc.compiler.compiled import Compiled
 from llmc.compiler.diagnostics import Place, UserError, portable
 from llmc.compiler.emit.render import render
 from llmc.compiler.emit.rows import param_call
@@ -36,7 +37,6 @@ from llmc.compiler.listing import LAYER, in_layer, plain_param, show_plain_tenso
 from llmc.compiler.memory import cached_bytes, known_bytes
 from llmc.compiler.ops import OPS
 from llmc.compiler.passes.segment import Segment, why_it_ends
-from llmc.compiler.pipeline import Compiled
 from llmc.compiler.reports.explain import Stages, became, owner, plain, stages
 from llmc.compiler.reports.show import head_line, show_bytes, summary
 

@@ -16,11 +16,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llmc.compiler.atb.collective import DEVICE_COUNT
+from llmc.compiler.compiled import Compiled
 from llmc.compiler.diagnostics import DiagnosticError, UserError
 from llmc.compiler.language.build import load_model
 from llmc.compiler.memory import PREFILL_TOKENS, last_true, needed
 from llmc.compiler.ops.attention import BLOCK_SIZE
-from llmc.compiler.pipeline import Compiled, Options, check_support, compile_model
+from llmc.compiler.options import Options, check_support
+from llmc.compiler.pipeline import compile_model
 from llmc.compiler.reports.roofline import step_facts
 from llmc.compiler.target.device import UNITS, Board, Device, Link, device
 

@@ -14,11 +14,11 @@ from math import prod
 from typing import Any
 
 from llmc.compiler.atb.core import DTYPE_BYTES
+from llmc.compiler.compiled import Compiled
 from llmc.compiler.ir import AtbGraph, AtbNode, evaluate
 from llmc.compiler.memory import cached_bytes
 from llmc.compiler.ops.attention import BLOCK_SIZE
 from llmc.compiler.passes.segment import LAYER
-from llmc.compiler.pipeline import Compiled
 from llmc.compiler.target.device import Board, Link
 
 COLLECTIVES = ("AllReduce", "AllGather", "LinearParallel")

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llmc.compiler.artifact import default_name
+from llmc.compiler.compiled import Compiled
 from llmc.compiler.ir import AtbGraph, AtbNode, Graph, Node, TensorType, show_shape
 from llmc.compiler.passes.segment import LAYER, Segment, why_it_ends
-from llmc.compiler.pipeline import Compiled
 
 
 def show_result(result: Graph | AtbGraph | tuple[Segment, ...]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from llmc.compiler.diagnostics import UserError, did_you_mean
 from llmc.compiler.language.source import LOADER
-from llmc.compiler.target.legality import Row, legal_rows, legal_values, read_row
+from llmc.compiler.target.table import Row, legal_rows, legal_values, read_row
 
 DTYPES = ("float16", "bfloat16", "float32")  # of weights and activations
 ATTENTION = ("paged", "flash")

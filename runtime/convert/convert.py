@@ -6,7 +6,7 @@ several), for GGUF also config and tokenizer, and a `Summary`.
     llmc convert weights/llama-7b                    # pytorch_model.bin -> model.safetensors, beside it
     llmc convert smollm2.Q4_1.gguf --output smollm2  # config.json, tokenizer.json, model.safetensors, ...
 
-`pytorch_bin.py` and `gguf.py` read a source into a `Plan`; this file writes plans. Tensors are written one
+`pytorch_bin.py` and `gguf.py` read a source into a `Plan` (plan.py); this file writes plans. Tensors are written one
 after the other, so memory holds one of them (GGUF: a slice of one). Until everything is written the files are called
 `*.partial`, and `.llmc-convert.json` lists those that are complete with size and hash: the same command continues an
 interrupted run. Then they get their names, `config.json` comes last, and the progress file goes.
@@ -28,60 +28,15 @@ from typing import TYPE_CHECKING, Any
 
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.target.device import DTYPES
+from llmc.runtime.convert.gguf import plan_gguf
+from llmc.runtime.convert.plan import PROGRESS_FILE, SAFETENSORS_DTYPES, Plan, Tensor, write_json
+from llmc.runtime.convert.pytorch_bin import plan_bin
 
 if TYPE_CHECKING:
     import torch
 
-PROGRESS_FILE = ".llmc-convert.json"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000  # the shard size that Hugging Face used for years; copies and retries stay bearable
-
-# torch dtype -> its name and bytes per value in a safetensors header (source: README of safetensors, "Format")
-SAFETENSORS_DTYPES: Mapping[str, tuple[str, int]] = {
-    "float64": ("F64", 8),
-    "float32": ("F32", 4),
-    "float16": ("F16", 2),
-    "bfloat16": ("BF16", 2),
-    "float8_e4m3fn": ("F8_E4M3", 1),
-    "float8_e5m2": ("F8_E5M2", 1),
-    "int64": ("I64", 8),
-    "int32": ("I32", 4),
-    "int16": ("I16", 2),
-    "int8": ("I8", 1),
-    "uint8": ("U8", 1),
-    "bool": ("BOOL", 1),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tensor:
-    """One tensor to write. `chunks()` yields its values in order, already in `dtype`, as pieces of any shape."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    chunks: Callable[[], Iterable[torch.Tensor]]
-
-    @property
-    def nbytes(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count * SAFETENSORS_DTYPES[self.dtype][1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a source becomes: safetensors files, small files, and `config`, which is written last as `config.json`."""
-
-    source: Path
-    inputs: tuple[Path, ...]
-    default_target: Path
-    files: Mapping[str, tuple[Tensor, ...]]
-    side_files: Callable[[Path], None]
-    config: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,33 +119,14 @@ def _plan(source: Path, dtype: str | None, max_shard_bytes: int) -> Plan:
     if not source.exists():
         raise UserError(f"{source}: no such file or directory; convert reads a directory with .bin weights, or a .gguf")
     if source.is_dir():
-        from llmc.runtime.convert.pytorch_bin import plan_bin
-
         return plan_bin(source, dtype)
     with source.open("rb") as file:
         magic = file.read(4)
     if magic == b"GGUF":
-        from llmc.runtime.convert.gguf import plan_gguf
-
         return plan_gguf(source, dtype, max_shard_bytes)
     if source.suffix == ".bin":
         raise UserError(f"{source} is one file of a checkpoint", hint=f"convert its directory: {source.parent}")
     raise UserError(f"{source} is not a GGUF file: it starts with {magic!r}, not b'GGUF'")
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file of a checkpoint, or a UserError that names it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # includes UnicodeDecodeError
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomic: the file is there complete, or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 # Writing a plan

@@ -1,4 +1,4 @@
-"""GGUF files: enters one file, leaves a `Plan` (see `convert.py`) for a Hugging Face directory.
+"""GGUF files: enters one file, leaves a `Plan` (see `plan.py`) for a Hugging Face directory.
 
 Blocks are dequantised by the `gguf` package, row by row, so memory holds a slice of a tensor. llama.cpp stores the rows
 of q and k interleaved for its own rope; a permutation of rows puts them back. What a GGUF says and a Hugging Face
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.compiler.diagnostics import UserError
-from llmc.runtime.convert.convert import Plan, Tensor, write_json
+from llmc.runtime.convert.plan import Plan, Tensor, write_json
 
 if TYPE_CHECKING:
     import gguf

@@ -1,4 +1,4 @@
-"""PyTorch `.bin` checkpoints: enters a directory, leaves a `Plan` (see `convert.py`).
+"""PyTorch `.bin` checkpoints: enters a directory, leaves a `Plan` (see `plan.py`).
 
 File names are those of the original converter: a leading `pytorch_` goes, `.bin` becomes `.safetensors`, one file out
 for one file in. Every name of the `.bin` files is written with its own values, so tensors that share storage (tied
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.compiler.diagnostics import UserError
-from llmc.runtime.convert.convert import PROGRESS_FILE, SAFETENSORS_DTYPES, Plan, Tensor, read_json
+from llmc.runtime.convert.plan import PROGRESS_FILE, SAFETENSORS_DTYPES, Plan, Tensor, read_json
 
 if TYPE_CHECKING:
     import torch

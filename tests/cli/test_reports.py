@@ -13,7 +13,8 @@ from llmc.compiler import artifact
 from llmc.compiler.atb.core import snake_case
 from llmc.compiler.cli import main
 from llmc.compiler.listing import at_layer, collapse, expand, layer_numbers, ranges
-from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 from llmc.compiler.reports.explain import explain, show_explanation
 
 SMALL = """

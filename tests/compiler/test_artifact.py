@@ -14,7 +14,8 @@ import pytest
 from llmc.compiler import artifact
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.memory import evaluate, largest
-from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 
 
 @pytest.fixture(scope="module")

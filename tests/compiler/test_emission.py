@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from llmc.compiler.artifact import files_of
-from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 
 CATALOGUE = ["llama-7b", "llama-13b", "llama-33b", "llama-65b", "llama2-7b", "llama2-13b", "llama2-70b", "smollm2-135m"]
 MODES = [(attention, dtype) for attention in ("paged", "flash") for dtype in ("float16", "bfloat16")]

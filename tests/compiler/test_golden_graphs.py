@@ -17,7 +17,8 @@ import pytest
 from llmc.compiler.ir import AtbGraph
 from llmc.compiler.language.source import catalogue
 from llmc.compiler.listing import collapse, operations, show_tensor
-from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 
 GOLDEN = Path(__file__).parent / "golden"
 WRITE = bool(os.environ.get("LLMC_WRITE_GOLDEN"))

@@ -15,7 +15,8 @@ from llmc.compiler.atb.core import AtbError, Desc
 from llmc.compiler.diagnostics import DiagnosticError, UserError
 from llmc.compiler.language.build import load_model
 from llmc.compiler.language.source import catalogue
-from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 from llmc.compiler.reports.legality_docs import page
 from llmc.compiler.target.device import device, device_names
 from llmc.compiler.target.legality import problems

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.ir import AtbGraph, AtbNode, evaluate
-from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 
 LAYERS = Path(os.environ.get("LLMC_ATB_LAYERS", Path(__file__).parents[2] / "../shared/data/atb-layers"))
 RECORDED = pytest.mark.skipif(not LAYERS.is_dir(), reason=f"no recorded layer graphs in {LAYERS} (set LLMC_ATB_LAYERS)")

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from llmc.compiler.cli import main
 from llmc.compiler.listing import at_layer
-from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 from llmc.compiler.reports import picture
 
 VENDOR = Path(picture.__file__).parents[1] / "templates" / "html" / "vendor"

@@ -13,7 +13,7 @@ import yaml
 from llmc.compiler.cli import main
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.memory import last_true, needed
-from llmc.compiler.pipeline import Options
+from llmc.compiler.options import Options
 from llmc.compiler.reports import plan as planning
 from llmc.compiler.reports.plan import Workload, plan
 from llmc.compiler.reports.roofline import Cost, seconds_by_bound

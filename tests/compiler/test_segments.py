@@ -10,7 +10,8 @@ import pytest
 import yaml
 from llmc.compiler.artifact import make_manifest
 from llmc.compiler.diagnostics import UserError
-from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 from llmc.compiler.reports import show
 
 LAYERS = Path(os.environ.get("LLMC_ATB_LAYERS", Path(__file__).parents[2] / "../shared/data/atb-layers"))

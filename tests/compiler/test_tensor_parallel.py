@@ -13,7 +13,8 @@ from llmc.compiler.diagnostics import DiagnosticError, UserError
 from llmc.compiler.ir import Graph
 from llmc.compiler.language.build import load_model
 from llmc.compiler.language.source import catalogue
-from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 
 MATRIX = Path(os.environ.get("LLMC_FEATURE_MATRIX", Path(__file__).parents[2] / "../shared/data/feature-matrix.yaml"))
 GIVEN = pytest.mark.skipif(not MATRIX.is_file(), reason=f"no feature matrix at {MATRIX} (set LLMC_FEATURE_MATRIX)")

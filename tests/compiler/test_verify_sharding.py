@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 from llmc.compiler.diagnostics import DiagnosticError
 from llmc.compiler.ir import AtbGraph, Graph, Node
-from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 from llmc.compiler.sharding import PARTIAL, WHOLE, Split, split_on
 from llmc.compiler.verify import verify_atb, verify_graph
 

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 from llmc.compiler import artifact
+from llmc.compiler.compiled import Compiled
 from llmc.compiler.memory import evaluate, form_of, largest, step_forms, workspace
-from llmc.compiler.pipeline import Compiled, Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 from llmc.runtime import hostatb
 from llmc.runtime.engine.engine import Engine
 from llmc.runtime.engine.runner import make_caches, make_constants

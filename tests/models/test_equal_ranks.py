@@ -13,7 +13,8 @@ import pytest
 import torch
 from equal_ranks import ATTENTION, FUSIONS, TOLERANCE, Case, Truth, cases, error, prepare
 from llmc.compiler.language.source import catalogue
-from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 from tiny import LENGTHS, load_ranks, logits_of_ranks
 
 WORLDS = (2, 3, 4, 8)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from llmc.compiler import artifact
 from llmc.compiler.cli import main
-from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 from llmc.runtime import hostatb
 from llmc.runtime.demo import demo_weights
 from llmc.runtime.engine import rows

@@ -10,7 +10,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmc.compiler import artifact
-from llmc.compiler.pipeline import PASS_NAMES, Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import PASS_NAMES, compile_model
 from llmc.runtime import hostatb
 from llmc.runtime.executor import Executor
 from reference import evaluate, random_weights

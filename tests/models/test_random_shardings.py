@@ -12,9 +12,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmc.compiler import artifact
+from llmc.compiler.compiled import Compiled
 from llmc.compiler.diagnostics import DiagnosticError
 from llmc.compiler.ir import Graph
-from llmc.compiler.pipeline import Compiled, Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 from llmc.runtime import hostatb
 from llmc.runtime.executor import Executor
 from llmc.runtime.hostatb.collective import run_ranks

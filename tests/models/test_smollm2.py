@@ -8,7 +8,8 @@ import pytest
 import torch
 from llmc.compiler import artifact
 from llmc.compiler.language.checkpoint import choose_variant, read_config
-from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 from llmc.runtime import hostatb
 from llmc.runtime.demo import demo_weights
 from llmc.runtime.engine.engine import Engine

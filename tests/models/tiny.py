@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from llmc.compiler import artifact
 from llmc.compiler.language.checkpoint import read_config, variant_from_config
-from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 from llmc.runtime import hostatb
 from llmc.runtime.engine.blocks import BlockManager, RowManager
 from llmc.runtime.engine.runner import Runner, make_caches, make_constants

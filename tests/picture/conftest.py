@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 from llmc.compiler.reports.picture import write
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service

@@ -6,7 +6,8 @@ import pytest
 import torch
 from llmc.compiler import artifact
 from llmc.compiler.diagnostics import UserError
-from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 from llmc.runtime import hostatb
 from llmc.runtime.engine.engine import Engine
 from llmc.runtime.engine.runner import make_caches, make_constants

@@ -10,7 +10,8 @@ import pytest
 from llmc.compiler.artifact import make_manifest
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.memory import needed
-from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 from llmc.compiler.target.device import device
 from llmc.runtime.room import Limit, Room, make_room, memory_limit
 

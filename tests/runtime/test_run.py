@@ -15,7 +15,8 @@ from llmc.compiler.artifact import make_manifest
 from llmc.compiler.cli import main
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.memory import needed
-from llmc.compiler.pipeline import Options, compile_model
+from llmc.compiler.options import Options
+from llmc.compiler.pipeline import compile_model
 from llmc.runtime.engine.runner import make_caches
 from llmc.runtime.flags import add_run_flags
 from llmc.runtime.run import read_prompts, replicate
