@@ -23,6 +23,7 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+
 from llmc.compiler import artifact
 from llmc.compiler.options import Options
 from llmc.compiler.pipeline import compile_model

@@ -31,6 +31,10 @@ class Options:
         return device(self.device)
 
     @property
+    def ranks(self) -> int:
+        return self.world_size or 1
+
+    @property
     def fused_backend(self) -> str:
         """Of LinearParallel, where the device has one for this backend of collectives; else ""."""
         return self.target.backends.get(self.backend or "", "")

@@ -38,7 +38,7 @@ class Pass:
 
 
 def parallel(name: str, graph: Graph, options: Options) -> bool:
-    return options.world_size != 1
+    return options.ranks != 1
 
 
 def fused(name: str, graph: Graph, options: Options) -> bool:
@@ -47,18 +47,18 @@ def fused(name: str, graph: Graph, options: Options) -> bool:
 
 # fmt: off
 MODEL_PASSES = (
-    Pass("dtype",    lambda g, o: with_dtype(g, o.dtype or g.dtype),      "weights in the dtype asked for"),
-    Pass("policy",   lambda g, o: apply_dtypes(g),                        "casts around nodes with another dtype"),
-    Pass("types",    lambda g, o: infer_types(g),                         "every edge gets shape and dtype"),
-    Pass("shard",    lambda g, o: split_over_ranks(g, o.world_size or 1), "sharding, collectives", parallel),
+    Pass("dtype",    lambda g, o: with_dtype(g, o.dtype or g.dtype), "weights in the dtype asked for"),
+    Pass("policy",   lambda g, o: apply_dtypes(g),                   "casts around nodes with another dtype"),
+    Pass("types",    lambda g, o: infer_types(g),                    "every edge gets shape and dtype"),
+    Pass("shard",    lambda g, o: split_over_ranks(g, o.ranks),      "sharding of every edge; collectives", parallel),
 )
 PHASE_PASSES = (  # for prefill, then for decode
-    Pass("swiglu",   lambda g, o: fuse_swiglu(g, o.target.chip),          "split, silu, mul in one operation", fused),
-    Pass("add_norm", lambda g, o: fuse_add_norm(g),                       "residual add, norm in one operation", fused),
-    Pass("linear_all_reduce",
-         lambda g, o: fuse_linear_all_reduce(g, o.target.chip, o.fused_backend), "product and sum over ranks", fused),
+    Pass("swiglu",   lambda g, o: fuse_swiglu(g, o.target.chip),     "split, silu, mul in one operation", fused),
+    Pass("add_norm", lambda g, o: fuse_add_norm(g),                  "residual add and norm in one operation", fused),
+    Pass("linear_all_reduce", lambda g, o: fuse_linear_all_reduce(g, o.target.chip, o.fused_backend),
+                                                                     "product and sum over ranks in one", fused),
     Pass("lower",    lambda g, o: lower(g, o.attention, o.backend or "", o.target), "operators become ATB operations"),
-    Pass("segment",  lambda g, o: segment(g, o.layers_per_segment),       "graphs that fit libatb's limits"),
+    Pass("segment",  lambda g, o: segment(g, o.layers_per_segment),  "graphs that fit libatb's limits"),
 )
 # fmt: on
 PASS_NAMES = ("build", *(p.name for p in MODEL_PASSES), "phase", *(p.name for p in PHASE_PASSES))

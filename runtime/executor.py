@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
 from llmc.compiler.artifact import Artifact
 from llmc.compiler.diagnostics import UserError
 

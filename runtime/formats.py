@@ -6,6 +6,7 @@ The shape of an nz tensor in the manifest is what ATB sees: the logical [n, k] o
 from __future__ import annotations
 
 import torch
+
 from llmc.runtime.hostatb.numeric import format_of, set_format
 
 

@@ -20,13 +20,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from llmc.compiler.diagnostics import UserError
-from llmc.runtime.ranks import LAUNCHER
 from torch.distributed import TCPStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
+from llmc.compiler.diagnostics import UserError
+from llmc.runtime.ranks import LAUNCHER
 
 HOST = "127.0.0.1"
 GRACE_SECONDS = 2  # from SIGTERM to SIGKILL

@@ -38,6 +38,7 @@ from llmc.compiler.diagnostics import DiagnosticError, UserError
 
 if TYPE_CHECKING:
     import torch
+
     from llmc.runtime.engine.sampling import Samples, SamplingState
 
 START_LIMIT = "LLMC_START_TIMEOUT"  # seconds without a sign of any rank before those that are missing count as lost

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
 from llmc.compiler.diagnostics import UserError, did_you_mean
 
 # (theta, head_dim, scaling, positions) -> inverse frequencies [head_dim / 2] in float64, factor on cos and sin

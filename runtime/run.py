@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
 from llmc.compiler import artifact as artifacts
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.language.build import load_model

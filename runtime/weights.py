@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.formats import in_format
-from safetensors import SafetensorError, safe_open
 
 LOG = logging.getLogger("llmc.weights")
 CHUNK_BYTES = 64 << 20  # one piece: large reads, small beside any model

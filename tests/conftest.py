@@ -28,9 +28,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def save_words_model() -> Callable[[Path, int], None]:
     """save(folder, positions): a llama of 2 layers whose tokens are the words w0 to w63, and its variant mine.yaml."""
     import torch
-    from llmc.compiler.language.checkpoint import read_config, variant_from_config
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llmc.compiler.language.checkpoint import read_config, variant_from_config
 
     def save(folder: Path, positions: int) -> None:
         torch.manual_seed(0)

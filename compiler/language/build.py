@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
+
 from llmc.compiler.diagnostics import Place, did_you_mean
 from llmc.compiler.ir import Graph, Node, Source, TensorType, Weight
 from llmc.compiler.language import source

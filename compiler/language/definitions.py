@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
+
 from llmc.compiler.diagnostics import Place, Report, did_you_mean
 from llmc.compiler.ir import Graph, Rows, TensorType
 from llmc.compiler.language.expressions import ExpressionError, Number, UnknownName, evaluate

@@ -17,8 +17,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Union
 
-import llmc.graphs
 import yaml
+
+import llmc.graphs
 from llmc.compiler.diagnostics import DiagnosticError, Place, Report, did_you_mean
 
 GRAPHS = os.path.realpath(os.path.dirname(llmc.graphs.__file__))

@@ -13,6 +13,7 @@ from importlib.resources import files
 from typing import Any
 
 import yaml
+
 from llmc.compiler.diagnostics import UserError, did_you_mean
 from llmc.compiler.language.source import LOADER
 from llmc.compiler.target.table import Row, legal_rows, legal_values, read_row

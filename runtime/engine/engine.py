@@ -18,6 +18,7 @@ from operator import index as index_of
 from typing import Any
 
 import torch
+
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.engine.blocks import BlockManager, CacheRoom, RowManager
 from llmc.runtime.engine.runner import Executes, Runner, block_size, cache_sizes, is_paged

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.engine.scheduler import Batch, Move
 from llmc.runtime.formats import in_format, plain

@@ -16,6 +16,7 @@ from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
+
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.engine.blocks import BLOCK_SIZE, slot
 from llmc.runtime.engine.rows import BlockedRows

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+
 from llmc.compiler.diagnostics import UserError
 
 GREEDY_TOP_K = 1

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 import torch
+
 from llmc.runtime.engine.sampling import SamplingParams, make_generator
 
 _ids = count()

@@ -16,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from llmc.runtime.hostatb.numeric import round_to
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from llmc.runtime.hostatb.numeric import round_to
 
 
 def attend(

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from llmc.compiler.atb.cache import KV_INPUTS, NO_COMPRESS, inputs
 from llmc.compiler.atb.core import Desc, Param
 from llmc.runtime.hostatb.numeric import Kernel, refuse
-from torch import Tensor
 
 PAIRS = (("key", "keyCache"), ("value", "valueCache"))
 

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from llmc.compiler.atb.collective import (
     ALL_GATHER_LINEAR,
     ALL_GATHER_LINEAR_REDUCE_SCATTER,
@@ -35,7 +37,6 @@ from llmc.compiler.atb.collective import (
 from llmc.compiler.atb.core import AtbError, Desc, Param
 from llmc.runtime.hostatb.linear import oriented_weight
 from llmc.runtime.hostatb.numeric import ACL_TORCH, Kernel, round_to, scale_values
-from torch import Tensor
 
 T = TypeVar("T")
 _thread = threading.local()

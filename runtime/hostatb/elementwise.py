@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
+from torch.nn import functional
+
 from llmc.compiler.atb import elementwise as table
 from llmc.compiler.atb.core import Desc, Param
 from llmc.runtime.hostatb.norm import quantise_rows, to_int8
 from llmc.runtime.hostatb.numeric import DTYPE_NAME, FLOAT16_MAX, TORCH_DTYPE, Kernel, round_to
-from torch import Tensor
-from torch.nn import functional
 
 _BINARY: dict[int, Callable[[Tensor, Tensor], Tensor]] = {
     table.ADD: torch.add,

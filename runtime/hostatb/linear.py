@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+from torch.nn.functional import linear as dense
+
 from llmc.compiler.atb.core import ACL_UNDEFINED, AtbError, Desc, Param
 from llmc.compiler.atb.linear import EIN_SUM, PER_TOKEN
 from llmc.runtime.hostatb.numeric import ACL_TORCH, Kernel, nz_to_nd, round_to, scale_values
-from torch import Tensor
-from torch.nn.functional import linear as dense
 
 
 def linear(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+from torch import Tensor
+
 from llmc.compiler.atb.core import AtbError, Desc, Param
 from llmc.compiler.atb.self_attention import (
     ALIBI,
@@ -22,7 +24,6 @@ from llmc.compiler.atb.self_attention import (
     prefix,
 )
 from llmc.runtime.hostatb.attend import causal_bias
-from torch import Tensor
 
 LARGEST = -3e38
 TILE = 128

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from llmc.compiler.atb.core import Desc, Param
 from llmc.runtime.hostatb.numeric import Kernel
-from torch import Tensor
 
 
 def gating(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]:

@@ -9,10 +9,11 @@ import os
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from llmc.compiler.atb.core import Desc, Param
 from llmc.compiler.atb.norm import GEMMA, HIGH_PERFORMANCE, INT8, NORM, POSTNORM, PRENORM, STATIC, rms_has_bias
 from llmc.runtime.hostatb.numeric import Kernel, round_to
-from torch import Tensor
 
 
 def rms_norm(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]:

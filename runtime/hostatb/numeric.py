@@ -25,9 +25,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from llmc.compiler.atb.core import ACL_DTYPE, DIM, AtbError, Desc, Param
 from llmc.compiler.atb.shape import NZ_LANES
-from torch import Tensor
 
 Kernel = Callable[[Param, Sequence[Tensor], Sequence[Desc], str], "list[Tensor]"]
 

@@ -18,6 +18,8 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import Tensor
+
 from llmc.compiler.atb.core import CHIPS, AtbError, AtbOp, Desc, Param
 from llmc.runtime.hostatb import (
     attention,
@@ -33,7 +35,6 @@ from llmc.runtime.hostatb import (
 )
 from llmc.runtime.hostatb.numeric import TORCH_DTYPE, Kernel, desc_of, format_of, set_format
 from llmc.runtime.hostatb.params import ParamStruct
-from torch import Tensor
 
 FAMILIES = (linear, norm, rope, elementwise, attention, cache, shape, sampling, moe, collective)
 KERNELS: dict[str, Kernel] = {name: kernel for family in FAMILIES for name, kernel in family.KERNELS.items()}

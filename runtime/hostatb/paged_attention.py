@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
+
 from llmc.compiler.atb.core import Desc, Param
 from llmc.compiler.atb.paged_attention import (
     ALIBI,
@@ -24,7 +26,6 @@ from llmc.compiler.atb.self_attention import BNSD, DEQUANT_FUSION, is_910b, kv_h
 from llmc.runtime.hostatb.attend import attend, attend_int8, decode
 from llmc.runtime.hostatb.masks import require_cover
 from llmc.runtime.hostatb.numeric import ACL_TORCH, nz_to_nd, refuse, round_to, scale_values
-from torch import Tensor
 
 
 def paged_attention(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]:

@@ -22,6 +22,10 @@ from math import prod
 from typing import TypeVar
 
 import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+from torch.nn.functional import scaled_dot_product_attention
+
 from llmc.compiler.atb.core import FLOATS16, Param
 from llmc.compiler.atb.elementwise import SWIGLU_FORWARD
 from llmc.compiler.atb.norm import NORM, PRENORM
@@ -30,9 +34,6 @@ from llmc.runtime.hostatb.numeric import TORCH_DTYPE, free_memory
 from llmc.runtime.hostatb.operation import Single
 from llmc.runtime.hostatb.paged_attention import checked_tables
 from llmc.runtime.hostatb.step import Step
-from torch import Tensor
-from torch.linalg import vector_norm
-from torch.nn.functional import scaled_dot_product_attention
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 T = TypeVar("T")

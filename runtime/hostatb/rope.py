@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from llmc.compiler.atb.core import AtbError, Desc, Param
 from llmc.runtime.hostatb.numeric import Kernel, round_to
-from torch import Tensor
 
 
 def rope(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
+
 from llmc.compiler.atb.core import Desc, Param
 from llmc.compiler.atb.sampling import EXPONENTIAL, EXPONENTIAL_LOGPROBS, MULTINOMIAL_BATCH, SINGLE
 from llmc.runtime.hostatb.numeric import Kernel
-from torch import Tensor
 
 MASKED_LOGPROB = -9999.0
 FIRST_PICK_BLOCK = 16384  # the kernel sums a row in blocks of this many probabilities

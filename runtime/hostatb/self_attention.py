@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
+
 from llmc.compiler.atb.core import Desc, Param
 from llmc.compiler.atb.self_attention import (
     ALIBI,
@@ -35,7 +37,6 @@ from llmc.runtime.hostatb.masks import (
     window_bias,
 )
 from llmc.runtime.hostatb.numeric import ACL_TORCH, nz_to_nd, refuse, round_to
-from torch import Tensor
 
 CACHE_TYPE_SWA = 1
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from llmc.compiler.atb.core import AtbError, Desc, Param
 from llmc.compiler.atb.shape import ND_TO_NZ, REDUCE_MAX, REDUCE_MIN, slice_bounds
 from llmc.runtime.hostatb.numeric import Kernel, nd_to_nz, nz_to_nd
-from torch import Tensor
 
 
 def gather(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]:

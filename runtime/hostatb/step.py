@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from llmc.compiler.atb.core import Desc
 from llmc.runtime.hostatb.operation import Core
-from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from llmc.compiler.atb.core import AtbError
 from llmc.runtime.hostatb.operation import undefined
 from llmc.runtime.hostatb.step import Step
-from torch import Tensor
 
 
 def straight_line(

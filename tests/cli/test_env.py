@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from llmc.compiler.cli import main
 from llmc.compiler.target.device import device
 

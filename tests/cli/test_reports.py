@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from llmc.compiler import artifact
 from llmc.compiler.atb.core import snake_case
 from llmc.compiler.cli import main

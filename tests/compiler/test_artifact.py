@@ -11,6 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
 from llmc.compiler import artifact
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.memory import evaluate, largest

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import yaml
+from test_lowering import LAYERS, MODELS, QKV_BIASES, RECORDED, assert_equal, symbols_of, two_layers
+
 from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.compiled import Compiled
 from llmc.compiler.ir import AtbGraph
 from llmc.compiler.language.build import load_model
 from llmc.compiler.options import Options
 from llmc.compiler.pipeline import compile_model
-from test_lowering import LAYERS, MODELS, QKV_BIASES, RECORDED, assert_equal, symbols_of, two_layers
 
 DEVICE = "atlas-300i-duo"
 MATRIX = Path(__file__).parents[2] / "../shared/data/feature-matrix.yaml"

@@ -7,6 +7,7 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
+
 from llmc.compiler.language.build import build_model
 from llmc.compiler.language.source import loads
 from llmc.compiler.reports.atb_docs import page

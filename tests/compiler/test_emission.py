@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from llmc.compiler.artifact import files_of
 from llmc.compiler.options import Options
 from llmc.compiler.pipeline import compile_model

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from llmc.compiler.ir import AtbGraph
 from llmc.compiler.language.source import catalogue
 from llmc.compiler.listing import collapse, operations, show_tensor

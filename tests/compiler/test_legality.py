@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
+from test_lowering import LAYERS, RECORDED
+
 from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.atb.collective import domain_fits
 from llmc.compiler.atb.core import AtbError, Desc
@@ -20,7 +22,6 @@ from llmc.compiler.pipeline import compile_model
 from llmc.compiler.reports.legality_docs import page
 from llmc.compiler.target.device import device, device_names
 from llmc.compiler.target.legality import problems
-from test_lowering import LAYERS, RECORDED
 
 ENTRIES: dict[str, dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "refusals.yaml").read_text())
 SAYABLE = [name for name, entry in ENTRIES.items() if "compile" in entry]

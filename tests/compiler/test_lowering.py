@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.ir import AtbGraph, AtbNode, evaluate
 from llmc.compiler.options import Options

@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from llmc.compiler.cli import main
 from llmc.compiler.listing import at_layer
 from llmc.compiler.options import Options
 from llmc.compiler.pipeline import compile_model
 from llmc.compiler.reports import picture
 
-VENDOR = Path(picture.__file__).parents[1] / "templates" / "html" / "vendor"
+VENDOR = Path(picture.__file__).parents[2] / "templates" / "html" / "vendor"
 DAGRE = "54a503e346f93ca0bb10abe7999587e037262935687aca45eb4e4b0f64bbb578"  # of 3.1.3, dist/dagre.min.js
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from llmc.compiler.cli import main
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.memory import last_true, needed

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from llmc.compiler.artifact import make_manifest
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.options import Options

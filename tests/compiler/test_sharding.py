@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+
 from llmc.compiler.sharding import PARTIAL, WHOLE, Shard, Split, deal, deal_heads, named, split_on
 
 WORLDS = st.integers(1, 8)

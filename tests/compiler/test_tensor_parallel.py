@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from llmc.compiler.diagnostics import DiagnosticError, UserError
 from llmc.compiler.ir import Graph
 from llmc.compiler.language.build import load_model

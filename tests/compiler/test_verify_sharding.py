@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+
 from llmc.compiler.diagnostics import DiagnosticError
 from llmc.compiler.ir import AtbGraph, Graph, Node
 from llmc.compiler.options import Options

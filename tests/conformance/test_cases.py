@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from llmc.compiler.atb import OPS
 from vendor_cases import CASES, CaseRow, expectation, read_rows, verdict
+
+from llmc.compiler.atb import OPS
 
 FILES = sorted(CASES.glob("*.csv"))
 LISTED = yaml.safe_load(Path(__file__).with_name("disagreements.yaml").read_text(encoding="utf-8"))["cases"]

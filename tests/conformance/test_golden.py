@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
+from torch import Tensor
+from vendor_cases import GOLDEN, known_param
+
 from llmc.compiler.atb import OPS
 from llmc.compiler.atb.core import AtbError, AtbOp
 from llmc.runtime import hostatb
 from llmc.runtime.hostatb.collective import run_ranks
 from llmc.runtime.hostatb.numeric import nd_to_nz
 from llmc.runtime.hostatb.operation import Operation, Single
-from safetensors import safe_open
-from torch import Tensor
-from vendor_cases import GOLDEN, known_param
 
 FILES = sorted(GOLDEN.glob("*.jsonl"))
 LISTED = yaml.safe_load(Path(__file__).with_name("disagreements.yaml").read_text(encoding="utf-8"))["golden"]

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vendor_cases import DTYPES, LAYERS
+
 from llmc.compiler.atb import OPS
 from llmc.compiler.atb.core import Desc, Param
 from llmc.runtime.hostatb.graph import GraphBuilder
 from llmc.runtime.hostatb.operation import Operation, Single
-from vendor_cases import DTYPES, LAYERS
 
 NOT_GRAPHS = ("refusals.json", "masks.json", "segments.json")
 FILES = sorted(path for path in LAYERS.glob("*.json") if path.name not in NOT_GRAPHS)

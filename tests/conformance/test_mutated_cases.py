@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vendor_cases import CASES, CaseRow, known_param, read_rows
+
 from llmc.compiler.atb import OPS
 from llmc.compiler.atb.core import CHIPS, AtbError, Desc
-from vendor_cases import CASES, CaseRow, known_param, read_rows
 
 FILES = sorted(CASES.glob("*.csv"))
 DTYPES = ("float16", "bfloat16", "float32", "int8", "int32", "int64", "uint32", "bool", "undefined")

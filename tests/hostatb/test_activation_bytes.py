@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from llmc.compiler import artifact
 from llmc.compiler.compiled import Compiled
 from llmc.compiler.memory import evaluate, form_of, largest, step_forms, workspace

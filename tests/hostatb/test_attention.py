@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
 from llmc.compiler.atb import OPS
 from llmc.compiler.atb.core import AtbError
 from llmc.runtime.hostatb.graph import GraphBuilder
 from llmc.runtime.hostatb.numeric import set_format
 from llmc.runtime.hostatb.operation import Operation, Single
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 HEADS, KV_HEADS, SIZE, BLOCK = 6, 2, 32, 16
 SCALE = SIZE**-0.5

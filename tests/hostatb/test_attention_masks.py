@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from llmc.compiler.atb import OPS
 from llmc.compiler.atb.core import AtbError
 from llmc.runtime.hostatb.numeric import set_format
 from llmc.runtime.hostatb.operation import Operation, Single
-from torch import Tensor
 
 LAYERS = Path(os.environ.get("LLMC_ATB_LAYERS", Path(__file__).parents[3] / "shared" / "data" / "atb-layers"))
 MASKS = LAYERS / "masks.json"

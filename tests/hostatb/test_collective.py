@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from llmc.compiler.atb import OPS, AtbError
 from llmc.runtime.hostatb.collective import run_ranks
 from llmc.runtime.hostatb.numeric import desc_of
 from llmc.runtime.hostatb.operation import KERNELS
-from torch import Tensor
 
 
 def run(op: str, values: dict[str, Any], *tensors: Tensor) -> list[Tensor]:

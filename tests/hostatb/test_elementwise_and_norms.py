@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from llmc.runtime import hostatb as atb
 from torch.nn import functional
+
+from llmc.runtime import hostatb as atb
 
 Elewise, Activation = atb.ElewiseParam.ElewiseType, atb.ActivationType
 Rms, Layer = atb.RmsNormParam, atb.LayerNormParam

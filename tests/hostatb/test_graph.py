@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from llmc.runtime import hostatb as atb
 
 Elewise = atb.ElewiseParam.ElewiseType

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from llmc.runtime import hostatb as atb
 from llmc.runtime.hostatb.numeric import nd_to_nz, nz_to_nd, round_to
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from llmc.compiler.atb import OPS
 from llmc.runtime import hostatb as atb
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from llmc.runtime import hostatb
 from llmc.runtime.hostatb import graph as graph_module
 from llmc.runtime.hostatb import rewrites

@@ -7,11 +7,12 @@ import platform
 
 import pytest
 import torch
+from torch import Tensor
+
 from llmc.compiler.atb import OPS
 from llmc.runtime.hostatb.numeric import desc_of
 from llmc.runtime.hostatb.operation import KERNELS
 from llmc.runtime.hostatb.sampling import GlibcRand
-from torch import Tensor
 
 # srand(1); rand() five times, as every glibc prints it
 FIRST_OF_SEED_1 = [1804289383, 846930886, 1681692777, 1714636915, 1957747793]

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from llmc.compiler.atb import OPS, AtbError
 from llmc.runtime.hostatb.numeric import desc_of
 from llmc.runtime.hostatb.operation import KERNELS
-from torch import Tensor
 
 
 def run(op: str, values: dict[str, Any], *tensors: Tensor, format: str = "nd") -> list[Tensor]:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from llmc.compiler.diagnostics import DiagnosticError
 from llmc.compiler.ir import Graph, Rows, TensorType
 from llmc.compiler.language.build import build, build_model, load_model

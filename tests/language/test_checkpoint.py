@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+
 from llmc.compiler.diagnostics import DiagnosticError, UserError
 from llmc.compiler.language.build import build_model, load_model
 from llmc.compiler.language.checkpoint import (

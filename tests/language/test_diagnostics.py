@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from llmc.compiler.diagnostics import CODES, MAX_REPORTED, Diagnostic, DiagnosticError, to_json
 from llmc.compiler.language.build import build_model, load_model
 from llmc.compiler.language.source import loads

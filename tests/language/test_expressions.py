@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from llmc.compiler.language.expressions import MAX_DEPTH, MAX_LENGTH, ExpressionError, UnknownName, evaluate
 
 SIZES = {"hidden": 5120, "heads": 40, "eps": 1e-5, "rope.theta": 10000.0}

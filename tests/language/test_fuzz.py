@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from llmc.compiler.diagnostics import DiagnosticError, to_json
 from llmc.compiler.language.build import Model, build_model
 from llmc.compiler.language.source import loads

@@ -9,6 +9,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+
 from llmc.compiler.language.build import build_model
 from llmc.compiler.language.schema import authored, documentation, schema, schema_text
 from llmc.compiler.language.source import loads

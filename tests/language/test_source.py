@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+
 from llmc.compiler.diagnostics import DiagnosticError
 from llmc.compiler.language import source
 from llmc.compiler.language.source import Scalar, catalogue, load, loads

@@ -30,10 +30,11 @@ import torch
 import torch.distributed as dist
 import yaml
 from huggingface_hub.utils import disable_progress_bars
+from tiny import LENGTHS, bind, build, reference, save_model, sequences
+
 from llmc.compiler import artifact
 from llmc.compiler.language.build import load_model
 from llmc.compiler.language.source import catalogue
-from tiny import LENGTHS, bind, build, reference, save_model, sequences
 
 WORLDS = (2, 3, 4, 8)
 ATTENTION = ("paged", "flash")

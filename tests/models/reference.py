@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from llmc.compiler.ir import Graph, Node
 from torch import Tensor
+
+from llmc.compiler.ir import Graph, Node
 
 
 def random_weights(graph: Graph, seed: int) -> dict[str, Tensor]:

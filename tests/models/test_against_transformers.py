@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from equal_ranks import shrunk
-from llmc.compiler.language.source import catalogue
 from tiny import CONFIGS, LENGTHS, load, reference, save_checkpoint, save_model, sequences, variant
+
+from llmc.compiler.language.source import catalogue
 
 ATTENTION = ("paged", "flash")
 

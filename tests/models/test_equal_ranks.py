@@ -12,10 +12,11 @@ import equal_ranks
 import pytest
 import torch
 from equal_ranks import ATTENTION, FUSIONS, TOLERANCE, Case, Truth, cases, error, prepare
+from tiny import LENGTHS, load_ranks, logits_of_ranks
+
 from llmc.compiler.language.source import catalogue
 from llmc.compiler.options import Options
 from llmc.compiler.pipeline import compile_model
-from tiny import LENGTHS, load_ranks, logits_of_ranks
 
 WORLDS = (2, 3, 4, 8)
 # Query heads in whole groups and not, kv heads copied, ranks without a head, uneven ffn, vocabulary and hidden size.

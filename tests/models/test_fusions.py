@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from llmc.compiler.passes.fuse import FUSIONS
 from tiny import load, load_ranks, logits_of_ranks, save_checkpoint, variant
 from torch import Tensor
+
+from llmc.compiler.passes.fuse import FUSIONS
 
 LENGTHS = [9, 14]
 OF_ONE_RANK = tuple(name for name in FUSIONS if name != "linear_all_reduce")

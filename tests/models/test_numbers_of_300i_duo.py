@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import Ours, bind, save_checkpoint, variant
+from torch import Tensor
+
 from llmc.compiler import artifact
 from llmc.compiler.cli import main
 from llmc.compiler.options import Options
@@ -24,8 +27,6 @@ from llmc.runtime.engine.scheduler import Batch
 from llmc.runtime.engine.sequence import Sequence as Request
 from llmc.runtime.hostatb.collective import run_ranks
 from llmc.runtime.hostatb.numeric import format_of, set_format
-from tiny import Ours, bind, save_checkpoint, variant
-from torch import Tensor
 
 DUO, A2 = "atlas-300i-duo", "atlas-800i-a2"
 # Prompts below, at and over the borders of a cache block and of the mask's triangle (128), and answers that cross them.

@@ -9,12 +9,13 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import evaluate, random_weights
+
 from llmc.compiler import artifact
 from llmc.compiler.options import Options
 from llmc.compiler.pipeline import PASS_NAMES, compile_model
 from llmc.runtime import hostatb
 from llmc.runtime.executor import Executor
-from reference import evaluate, random_weights
 
 WIDTHS = (32, 64)
 TOKENS = 7

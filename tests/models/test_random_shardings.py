@@ -11,6 +11,10 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import evaluate, random_weights
+from safetensors.torch import save_file
+from torch import Tensor
+
 from llmc.compiler import artifact
 from llmc.compiler.compiled import Compiled
 from llmc.compiler.diagnostics import DiagnosticError
@@ -21,9 +25,6 @@ from llmc.runtime import hostatb
 from llmc.runtime.executor import Executor
 from llmc.runtime.hostatb.collective import run_ranks
 from llmc.runtime.weights import load_weights
-from reference import evaluate, random_weights
-from safetensors.torch import save_file
-from torch import Tensor
 
 WIDTHS = (24, 40)  # RmsNorm wants multiples of 8; world 3 and world 4 leave rests of 40
 ODD = (17, 31, 45)  # of values that no norm reads

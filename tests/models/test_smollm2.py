@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+
 from llmc.compiler import artifact
 from llmc.compiler.language.checkpoint import choose_variant, read_config
 from llmc.compiler.options import Options

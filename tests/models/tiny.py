@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
 from llmc.compiler import artifact
 from llmc.compiler.language.checkpoint import read_config, variant_from_config
 from llmc.compiler.options import Options
@@ -22,7 +24,6 @@ from llmc.runtime.engine.sequence import Sequence as Request
 from llmc.runtime.executor import Executor
 from llmc.runtime.hostatb.collective import run_ranks
 from llmc.runtime.weights import load_weights
-from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+
 from llmc.compiler.options import Options
 from llmc.compiler.pipeline import compile_model
 from llmc.compiler.reports.picture import write
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 
 FLAGS = (
     "--headless",

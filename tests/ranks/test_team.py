@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+
 from llmc.compiler import cli
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime import launch, ranks

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime import binding
 from llmc.runtime.binding import Binding, as_list, bind, read_list, share

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.engine.blocks import BlockManager, RowManager, blocks_for, slot
 from llmc.runtime.engine.sampling import SamplingParams

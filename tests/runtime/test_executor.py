@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from llmc.compiler import artifact
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.options import Options

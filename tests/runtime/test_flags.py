@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.flags import (
     RUN_FLAGS,

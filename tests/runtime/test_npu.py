@@ -9,6 +9,7 @@ import types
 
 import pytest
 import torch
+
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime import npu
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from llmc.compiler.artifact import make_manifest
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.memory import needed

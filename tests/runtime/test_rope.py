@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.rope import rope_frequencies, rope_tables
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.engine.blocks import RowManager
 from llmc.runtime.engine.rows import BlockedRows

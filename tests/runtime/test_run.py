@@ -11,6 +11,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+
 from llmc.compiler.artifact import make_manifest
 from llmc.compiler.cli import main
 from llmc.compiler.diagnostics import UserError

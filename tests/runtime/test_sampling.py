@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.engine.sampling import Sampler, SamplingParams, draw, keep, make_generator, penalise
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.engine.blocks import BlockManager, RowManager
 from llmc.runtime.engine.sampling import SamplingParams

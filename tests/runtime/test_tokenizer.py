@@ -9,10 +9,11 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmc.compiler.diagnostics import UserError
-from llmc.runtime.engine.tokenizer import TextStream, Tokenizer, load_tokenizer, render_chat
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Fast
+
+from llmc.compiler.diagnostics import UserError
+from llmc.runtime.engine.tokenizer import TextStream, Tokenizer, load_tokenizer, render_chat
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "Hello world, hello there!", "naïve café 你好 😀 ok"] * 20
 TEXTS = ["Hello world", " two  spaces ", "", "naïve 你好 😀!", "a\nb\tc", "<s> not special? </s>", "the fox", "🤦🏽‍♂️"]

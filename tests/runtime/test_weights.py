@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.sharding import Split, deal, deal_heads
 from llmc.runtime import weights as module
 from llmc.runtime.weights import load_weights, read_headers
-from safetensors.torch import save_file
 
 
 def source(tensor: str, *shape: int, rows: tuple[int, int, int, int] | None = None) -> dict:
