@@ -27,12 +27,14 @@ MAX_BYTES = 1 << 20
 MAX_VALUES = 50_000  # after aliases are expanded
 MAX_DEPTH = 40
 MAX_EXTENDS = 10
+TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
 
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 REAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?")
 # YAML 1.1's printable characters; the reader of PyYAML refuses the others without a line number.
 UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+NESTING = re.compile(r"nest\w* (depth|level)", re.IGNORECASE)  # how versions of libyaml speak of their own limit
 LINE = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
 
 Value = Union["Scalar", "List", "Map"]
@@ -349,7 +351,7 @@ class _Reader:
         if event.tag is not None:
             self.stop("E002", f"tags are not used: {event.tag}", self.place(event), likely="remove the tag")
         if depth > MAX_DEPTH:
-            self.stop("E004", f"nested more than {MAX_DEPTH} deep", self.place(event))
+            self.stop("E004", TOO_DEEP, self.place(event))
         before = self.count
         if event.anchor:
             self.anchors[event.anchor] = None
@@ -438,6 +440,9 @@ class _Reader:
         """libyaml's words, made plain for the frequent cases."""
         mark: Any = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (1, 1)
+        if NESTING.search(error.problem or ""):
+            # libyaml's own limit: its scanner reads ahead for the end of a possible key, past the depth that is ours.
+            self.stop("E004", TOO_DEEP, Place(file=self.file, line=line, column=column))
         lines = LINE.split(self.text)
         at = lines[line - 1][column - 1 : column] if line <= len(lines) else ""
         problem, likely = (error.problem or "not YAML").replace("did not find expected", "expected"), ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import yaml
 
 from llmc.compiler.diagnostics import DiagnosticError
 from llmc.compiler.language import source
@@ -86,9 +87,24 @@ def test_a_huge_file_is_refused(tmp_path):
         load(path)
 
 
-def test_deep_nesting_is_refused():
-    refused("a: " + "[" * 10_000, "E004", "nested")
-    refused("\n".join(" " * i + "a:" for i in range(200)), "E004", "nested")
+@pytest.mark.parametrize("loader", ["CSafeLoader", "SafeLoader"])
+@pytest.mark.parametrize("depth", [41, 200, 1_400])
+@pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "\n"])
+def test_deep_nesting_is_refused_in_our_words_with_every_parser(loader, depth, opening, monkeypatch):
+    """libyaml has a limit of its own, in its scanner, which is ahead of the events."""
+    monkeypatch.setattr(source, "LOADER", getattr(yaml, loader))
+    nested = "\n".join(" " * i + "a:" for i in range(depth + 1)) if opening == "\n" else opening * (depth + 1)
+    refused(nested if opening in "\n- " else f"a: {nested}", "E004", "nested more than 40 deep")
+
+
+@pytest.mark.parametrize("words", ["exceeded maximum nesting depth", "Maximum nesting level reached"])
+def test_other_versions_of_the_parser_say_it_otherwise(words, monkeypatch):
+    def parse(*_, **__):
+        raise yaml.scanner.ScannerError("while scanning", None, words, yaml.Mark("", 0, 0, 3, "", 0))
+        yield
+
+    monkeypatch.setattr(yaml, "parse", parse)
+    refused("a: 1", "E004", "nested more than 40 deep", (1, 4))
 
 
 def test_many_values_are_refused():
@@ -179,8 +195,6 @@ def test_aliases_are_one_value_in_two_places():
 
 
 def test_pure_python_loader_reads_the_same(monkeypatch):
-    import yaml
-
     fast = [load(name).root for name in catalogue()]
     monkeypatch.setattr(source, "LOADER", yaml.SafeLoader)
     assert [load(name).root for name in catalogue()] == fast
