@@ -12,29 +12,36 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llmc.compiler.diagnostics import DiagnosticError, UserError, did_you_mean, to_json
+from llmc.compiler.diagnostics import DiagnosticError, UserError, did_you_mean
+
+WRONG_USAGE = "E601"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. 0 done, 1 something the user can mend, 2 wrong usage, 130 interrupted."""
     words = sys.argv[1:] if argv is None else list(argv)
     _say_what_can_be_said()
+    command = next((i for i, word in enumerate(words) if not word.startswith("-")), 0)
+    if asks_for_json(words[:command]):  # the one flag that may also stand before the command
+        words = [*words[command:], "--json"]
     try:
-        args, unknown = make_parser(words[0] if words else "").parse_known_args(words)
+        args, unknown = make_parser(words).parse_known_args(words)
         if unknown:
-            near = did_you_mean(unknown[0], args.flags)
-            args.error(f"unrecognized arguments: {' '.join(unknown)}{f' ({near})' if near.startswith('did') else ''}")
+            args.error(f"unrecognized arguments: {' '.join(unknown)}")
         code = _run(args)
         if sys.stdout is not None:  # closed by `>&-`
             sys.stdout.flush()  # here, so that a closed pipe or a full disk is found while it can be told
         return code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if asks_for_json(words):
+            report(UserError("interrupted"), as_json=True)
+        else:
+            print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `llmc show ... | head`
         _drop_stdout()
@@ -45,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = error.filename or "the output cannot be written"
         if not error.filename:
             _drop_stdout()
-        print(f"llmc: {where}: {error.strerror}", file=sys.stderr)
+        report(UserError(f"{where}: {error.strerror}"), as_json=bool(error.filename) and asks_for_json(words))
         return 1
 
 
@@ -53,8 +60,8 @@ def _run(args: argparse.Namespace) -> int:
     try:
         return args.run(args) or 0
     except UserError as error:
-        report(error, getattr(args, "json", False))
-        return 1
+        report(error, args.json)
+        return 2 if error.code == WRONG_USAGE else 1
 
 
 def _say_what_can_be_said() -> None:
@@ -71,29 +78,58 @@ def _drop_stdout() -> None:
 
 def report(error: UserError, as_json: bool) -> None:
     """The message on stderr; with --json one object on stdout."""
-    if not as_json:
+    if as_json:
+        print(json.dumps({"ok": False, "problems": error.problems()}, indent=1))
+    else:
         print(f"llmc: {error}" if not isinstance(error, DiagnosticError) else str(error), file=sys.stderr)
-        return
-    problems: list[dict[str, Any]] = [
-        {"code": error.code or None, "message": error.message, "likely": error.hint or None}
-    ]
-    if isinstance(error, DiagnosticError):
-        problems = to_json(error.diagnostics)
-    print(json.dumps({"ok": False, "problems": problems}, indent=1))
 
 
-def make_parser(command: str) -> argparse.ArgumentParser:
-    """The parser. Only the named command gets its flags, so that compiling imports nothing of the runtime."""
-    parser = argparse.ArgumentParser(
-        prog="llmc", description="Compile a declared model graph for Ascend NPUs, and run it."
-    )
+def asks_for_json(words: Sequence[str]) -> bool:
+    """Of a command line that may not be parsed; argparse takes every beginning of a flag for the flag."""
+    flags = words[: words.index("--")] if "--" in words else words
+    return any(word.startswith("--j") and "--json".startswith(word) for word in flags)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but wrong usage is told with what is near to it, and with --json as all problems are."""
+
+    words: Sequence[str] = ()  # the command line
+
+    def error(self, message: str, near: str = "") -> NoReturn:
+        near = near or self.near()
+        if asks_for_json(self.words):
+            report(UserError(message, hint=near, code=WRONG_USAGE), as_json=True)
+        else:
+            self.print_usage(sys.stderr)
+            print(f"{self.prog}: error: {message}{f' ({near})' if near else ''}", file=sys.stderr)
+        raise SystemExit(2)
+
+    def near(self) -> str:
+        """ "did you mean '--json'?", for flags of the command line that are none."""
+        known = {"--json", *self._option_string_actions}
+        given = [word.partition("=")[0] for word in self.words if word.startswith("--") and word != "--"]
+        unknown = [word for word in given if not any(flag.startswith(word) for flag in known)]
+        found = [hint for word in dict.fromkeys(unknown) if (hint := did_you_mean(word, known)).startswith("did")]
+        return " ".join(found)
+
+
+def make_parser(words: Sequence[str]) -> Parser:
+    """The parser of a command line. Only its command gets flags, so that compiling imports nothing of the runtime."""
+    parser = Parser(prog="llmc", description="Compile a declared model graph for Ascend NPUs, and run it.")
+    parser.words = words
     parser.add_argument("--version", action="version", version=f"llmc {version('llmc')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = next((word for word in words if not word.startswith("-")), "")
+    if command and command not in COMMANDS:
+        parser.error(f"unknown command {command!r}", did_you_mean(command, COMMANDS))
     for name, (run, flags, text) in COMMANDS.items():
         p = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        p.words = words
         if name == command:
             flags(p)
-        p.set_defaults(run=run, error=p.error, flags=list(p._option_string_actions))
+            if name != "run":  # whose flags are a table that the ranks are started from
+                p.add_argument("--json", action="store_true", help="one JSON object on stdout, also of problems")
+        p.set_defaults(run=run, error=p.error)
     return parser
 
 
@@ -120,14 +156,12 @@ def graph_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--allow-unsupported", action="store_true", help="also what the model's `support:` does not offer")
     p.add_argument("--fuse", metavar="LIST", help="fusions to apply, comma separated, or none (default: the device's)")
     p.add_argument("--layers-per-segment", type=int, default=0, help="at most so many layers in one ATB graph")
-    p.add_argument("--json", action="store_true", help="facts and problems as one JSON object")
 
 
 def diff_flags(p: argparse.ArgumentParser) -> None:
     text = "a model (YAML file or name) with settings after @, or the directory of an artifact"
     p.add_argument("a", metavar="A", help=text)
     p.add_argument("b", metavar="B", help="likewise")
-    p.add_argument("--json", action="store_true", help="the changes as one JSON object")
     p.epilog = (
         "Settings are the flags of `llmc compile`: llama2-13b@tp=8, llama2-7b@tp=2,dtype=bfloat16,attention=flash; "
         "a list is written with +, as in fuse=swiglu+add_norm. The exit code is 0 whether or not there are differences."
@@ -148,10 +182,15 @@ def plan_flags(p: argparse.ArgumentParser) -> None:
     graph_flags(p)
     p.add_argument("--memory", help="of one rank, as 32GiB or 29GB (default: the device's first board)")
     p.add_argument("--reserve", help="of that memory, for what is not counted (default: the device's)")
-    p.add_argument("--batch", type=int, default=1, help="sequences at a time (default 1)")
+    p.add_argument("--batch", "--batch-size", type=int, default=1, help="sequences at a time (default 1)")
     p.add_argument("--prompt", type=int, help="tokens of a prompt (default 1024, or what the model's positions allow)")
-    p.add_argument("--output", type=int, help="tokens of an answer (likewise)")
-    p.add_argument("--prefill-tokens", type=int, help="most prompt tokens in one step (default: as in `llmc run`)")
+    p.add_argument("--answer", type=int, help="tokens of an answer (likewise)")
+    p.add_argument(
+        "--prefill-tokens",
+        "--max-prefill-tokens",
+        type=int,
+        help="most prompt tokens in one step (default: as in `llmc run`)",
+    )
     p.epilog = "Every world size is planned, also those that the model does not offer; --tp N plans that one alone."
 
 
@@ -161,14 +200,12 @@ def init_flags(p: argparse.ArgumentParser) -> None:
 
 
 def ops_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("name", nargs="?")
-    p.add_argument("--json", action="store_true")
+    p.add_argument("name", nargs="?", help="an operator (default: all, a line each)")
 
 
 def env_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="atlas-800i-a2", help="atlas-800i-a2 (default), atlas-300i-duo or host")
     p.add_argument("--attention", default="paged", help="paged (default) or flash")
-    p.add_argument("--json", action="store_true", help="the variables as one JSON object")
 
 
 def run_flags(p: argparse.ArgumentParser) -> None:
@@ -206,6 +243,12 @@ def _options(args: argparse.Namespace) -> Any:
     )
 
 
+def tell(args: argparse.Namespace, facts: Mapping[str, Any], text: Callable[[], str]) -> int:
+    """What a command found out: as text, with --json as one object that says ok. The exit code, 0."""
+    print(json.dumps({"ok": True, **facts}, indent=1) if args.json else text())
+    return 0
+
+
 def compile_command(args: argparse.Namespace) -> int:
     from llmc.compiler import artifact
     from llmc.compiler.pipeline import compile_model
@@ -222,13 +265,8 @@ def compile_command(args: argparse.Namespace) -> int:
         artifact.write(compiled, target)
         facts = {"path": str(target), **show.summary(compiled)}
         closing = f"{target}: {show.summary_line(compiled)} ({time.perf_counter() - start:.2f} s)"
-    if args.json:
-        print(json.dumps({"ok": True, **facts, **({"graphs": graphs} if graphs else {})}, indent=1))
-        return 0
-    for phase, text in graphs.items():
-        print(f"--- {phase}\n{text}")
-    print(closing)
-    return 0
+    texts = "".join(f"--- {phase}\n{text}\n" for phase, text in graphs.items())
+    return tell(args, {**facts, **({"graphs": graphs} if graphs else {})}, lambda: texts + closing)
 
 
 def check_command(args: argparse.Namespace) -> int:
@@ -236,11 +274,7 @@ def check_command(args: argparse.Namespace) -> int:
     from llmc.compiler.reports import show
 
     compiled = compile_model(args.graph, _options(args))
-    if args.json:
-        print(json.dumps({"ok": True, **show.summary(compiled)}, indent=1))
-    else:
-        print(f"{args.graph}: ok; {show.summary_line(compiled)}")
-    return 0
+    return tell(args, show.summary(compiled), lambda: f"{args.graph}: ok; {show.summary_line(compiled)}")
 
 
 def show_command(args: argparse.Namespace) -> int:
@@ -251,23 +285,18 @@ def show_command(args: argparse.Namespace) -> int:
     if args.html:
         from llmc.compiler.reports import picture
 
-        facts = {"ok": True, "path": str(args.html), "bytes": picture.write(compiled, args.html)}
+        facts = {"path": str(args.html), "bytes": picture.write(compiled, args.html)}
         closing = f"{args.html}: a page of {show.head_line(compiled)}; open it in a browser"
-        print(json.dumps(facts, indent=1) if args.json else closing)
-        return 0
-    print(json.dumps(show.summary(compiled), indent=1) if args.json else show.show_model(compiled))
-    return 0
+        return tell(args, facts, lambda: closing)
+    return tell(args, show.summary(compiled), lambda: show.show_model(compiled))
 
 
 def diff_command(args: argparse.Namespace) -> int:
     from llmc.compiler.reports import diff
 
     changes = diff.diff(_manifest(args.a), _manifest(args.b))
-    if args.json:
-        print(json.dumps({"equal": not changes, "a": args.a, "b": args.b, "changes": changes}, indent=1))
-    else:
-        print(diff.show_diff(changes, args.a, args.b))
-    return 0
+    facts = {"equal": not changes, "a": args.a, "b": args.b, "changes": changes}
+    return tell(args, facts, lambda: diff.show_diff(changes, args.a, args.b))
 
 
 def _manifest(side: str) -> Any:
@@ -288,7 +317,7 @@ def _side(side: str) -> argparse.Namespace:
         graph, at = side, ""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     graph_flags(parser)
-    known = {flag.lstrip("-") for flag in parser._option_string_actions} - {"json"}
+    known = {flag.lstrip("-") for flag in parser._option_string_actions}
     words = [graph]
     for setting in settings.split(",") if at else ():
         key, equals, value = setting.partition("=")
@@ -308,8 +337,7 @@ def explain_command(args: argparse.Namespace) -> int:
     from llmc.compiler.reports.explain import explain, show_explanation
 
     facts = explain(compile_model(args.graph, _options(args)), args.node)
-    print(json.dumps(facts, indent=1) if args.json else show_explanation(facts))
-    return 0
+    return tell(args, facts, lambda: show_explanation(facts))
 
 
 def plan_command(args: argparse.Namespace) -> int:
@@ -317,10 +345,9 @@ def plan_command(args: argparse.Namespace) -> int:
     from llmc.compiler.target.device import parse_size
 
     memory, reserve = (text and parse_size(text) for text in (args.memory, args.reserve))
-    work = Workload(batch=args.batch, prompt=args.prompt, output=args.output, prefill_tokens=args.prefill_tokens)
+    work = Workload(batch=args.batch, prompt=args.prompt, answer=args.answer, prefill_tokens=args.prefill_tokens)
     facts = plan(args.graph, _options(args), work, memory=memory, reserve=reserve)
-    print(json.dumps({"ok": True, **facts}, indent=1) if args.json else show_plan(facts))
-    return 0
+    return tell(args, facts, lambda: show_plan(facts))
 
 
 def init_command(args: argparse.Namespace) -> int:
@@ -328,8 +355,8 @@ def init_command(args: argparse.Namespace) -> int:
 
     path = args.model_path.resolve()
     name = args.name or (path.parent if path.is_file() else path).name.lower()
-    print(variant_from_config(read_config(args.model_path), name), end="")
-    return 0
+    text = variant_from_config(read_config(args.model_path), name)
+    return tell(args, {"name": name, "yaml": text}, text.rstrip)
 
 
 def ops_command(args: argparse.Namespace) -> int:
@@ -339,29 +366,22 @@ def ops_command(args: argparse.Namespace) -> int:
     if args.name and args.name not in OPS:
         raise UserError(f"no operator {args.name!r}", hint=did_you_mean(args.name, OPS), code="E107")
     chosen = [OPS[args.name]] if args.name else list(OPS.values())
-    if args.json:
-        keys = ("name", "doc", "inputs", "outputs", "splits", "authored", "source")
-        print(json.dumps([{key: getattr(op, key) for key in keys} for op in chosen], indent=1))
-    else:
-        print(show.show_op(chosen[0]) if args.name else show.show_ops(chosen))
-    return 0
+    keys = ("name", "doc", "inputs", "outputs", "splits", "authored", "source")
+    facts = {"operators": [{key: getattr(op, key) for key in keys} for op in chosen]}
+    return tell(args, facts, lambda: show.show_op(chosen[0]) if args.name else show.show_ops(chosen))
 
 
 def env_command(args: argparse.Namespace) -> int:
     from llmc.compiler.target import environment
 
-    if args.json:
-        print(json.dumps({"ok": True, **environment.facts(args.device, args.attention)}, indent=1))
-    else:
-        print(environment.exports(args.device, args.attention))
-    return 0
+    facts = environment.facts(args.device, args.attention)
+    return tell(args, facts, lambda: environment.exports(args.device, args.attention))
 
 
 def schema_command(args: argparse.Namespace) -> int:
     from llmc.compiler.language.schema import schema
 
-    print(json.dumps(schema(), indent=1))
-    return 0
+    return tell(args, {"schema": schema()}, lambda: json.dumps(schema(), indent=1))
 
 
 def run_command(args: argparse.Namespace) -> int:

@@ -73,6 +73,8 @@ CODES: Mapping[str, str] = {
     "E501": "artifact is damaged, incomplete or of another format version",
     "E502": "checkpoint does not match the variant",
     "E503": "weights missing, extra or mis-shaped",
+    # 6xx: the command line
+    "E601": "wrong usage of a command",
     # 9xx
     "E900": "internal check failed; please report",
 }
@@ -101,6 +103,10 @@ class UserError(Exception):
         super().__init__(f"{message}\n  likely: {hint}" if hint else message)
         self.message, self.hint, self.code = message, hint, code
 
+    def problems(self) -> list[dict[str, Any]]:
+        """The machine form, one object a problem; every error has these keys."""
+        return [_problem(self.code, self.message, likely=self.hint)]
+
 
 class DiagnosticError(UserError):
     """All problems of one stage."""
@@ -110,6 +116,9 @@ class DiagnosticError(UserError):
         self.sources = dict(sources or {})
         Exception.__init__(self, render(self.diagnostics, self.sources))
         self.message, self.hint, self.code = str(self), "", self.diagnostics[0].code
+
+    def problems(self) -> list[dict[str, Any]]:
+        return to_json(self.diagnostics)
 
 
 MAX_REPORTED = 100  # nobody reads more, and a file can hold a hundred thousand mistakes
@@ -174,18 +183,21 @@ def _lines(d: Diagnostic, sources: Mapping[str, list[str]]) -> Iterable[str]:
 
 def to_json(diagnostics: Iterable[Diagnostic]) -> list[dict[str, Any]]:
     """The machine form: one object a problem."""
-    return [
-        {
-            "code": d.code,
-            "title": CODES[d.code],
-            "message": d.message,
-            "file": d.place.file if d.place else None,
-            "line": d.place.line if d.place else None,
-            "column": d.place.column if d.place else None,
-            "end_column": d.place.end_column or None if d.place else None,
-            "found": d.found or None,
-            "needed": d.needed or None,
-            "likely": d.likely or None,
-        }
-        for d in diagnostics
-    ]
+    return [_problem(d.code, d.message, d.place, d.found, d.needed, d.likely) for d in diagnostics]
+
+
+def _problem(
+    code: str, message: str, place: Place | None = None, found: str = "", needed: str = "", likely: str = ""
+) -> dict[str, Any]:
+    return {
+        "code": code or None,
+        "title": CODES.get(code),
+        "message": message,
+        "file": place.file if place else None,
+        "line": place.line if place else None,
+        "column": place.column if place else None,
+        "end_column": place.end_column or None if place else None,
+        "found": found or None,
+        "needed": needed or None,
+        "likely": likely or None,
+    }

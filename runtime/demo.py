@@ -56,6 +56,8 @@ def demo(args: argparse.Namespace) -> int:
     add_run_flags(parser)
     # With "=" a question may start with a dash.
     flags = ["--model-path", str(weights), f"--input-text={args.question}", "--chat", "--stream"]
+    if args.json:
+        flags.append("--json")
     return run(parser.parse_args([*flags, "--max-output-length", str(args.max_output_length)]))
 
 

@@ -268,7 +268,9 @@ def check_run_flags(args: argparse.Namespace) -> None:
         except UserError as error:
             problems.append(error.message)
     if problems:
-        raise UserError("\n".join(["llmc run cannot do this:", *(f"  {p}" for p in problems)]))
+        # Without a checkpoint the command itself is incomplete: wrong usage, code 2.
+        code = "" if args.model_path else "E601"
+        raise UserError("\n".join(["llmc run cannot do this:", *(f"  {p}" for p in problems)]), code=code)
 
 
 def dtype_of(args: argparse.Namespace) -> str | None:

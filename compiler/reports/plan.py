@@ -36,12 +36,12 @@ class Workload:
 
     batch: int = 1
     prompt: int | None = None
-    output: int | None = None
+    answer: int | None = None
     prefill_tokens: int | None = None
 
     @property
     def context(self) -> int:
-        return (self.prompt or 0) + (self.output or 0)
+        return (self.prompt or 0) + (self.answer or 0)
 
     @property
     def prompts_a_step(self) -> int:
@@ -106,17 +106,17 @@ def decide(work: Workload, max_positions: int) -> Workload:
     for name, value in asdict(work).items():
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: expected a whole number of at least 1")
-    output = work.output
-    prompt = work.prompt or max(1, min(1024, max_positions - (output or max_positions // 2)))
-    output = output or max(1, min(1024, max_positions - prompt))
-    if prompt + output > max_positions:
+    answer = work.answer
+    prompt = work.prompt or max(1, min(1024, max_positions - (answer or max_positions // 2)))
+    answer = answer or max(1, min(1024, max_positions - prompt))
+    if prompt + answer > max_positions:
         raise UserError(
-            f"a prompt of {prompt} tokens and an answer of {output} are {prompt + output} positions; "
+            f"a prompt of {prompt} tokens and an answer of {answer} are {prompt + answer} positions; "
             f"the model has {max_positions}",
-            hint="a smaller --prompt or --output",
+            hint="a smaller --prompt or --answer",
         )
-    tokens = work.prefill_tokens or max(PREFILL_TOKENS, prompt + output)
-    return replace(work, prompt=prompt, output=output, prefill_tokens=tokens)
+    tokens = work.prefill_tokens or max(PREFILL_TOKENS, prompt + answer)
+    return replace(work, prompt=prompt, answer=answer, prefill_tokens=tokens)
 
 
 def budget_of(target: Device, memory: int | None, reserve: int | None) -> dict[str, int | None]:
@@ -191,7 +191,7 @@ def largest(bytes_for: Callable[[Workload], int], work: Workload, usable: int, p
     prompt = work.prompt or 0
     return {
         "largest_batch": last_true(lambda batch: fits(batch=batch), 1, MOST_SEQUENCES),
-        "largest_context": last_true(lambda context: fits(output=context - prompt), prompt + 1, positions),
+        "largest_context": last_true(lambda context: fits(answer=context - prompt), prompt + 1, positions),
     }
 
 
@@ -277,7 +277,7 @@ def show_plan(facts: Mapping[str, Any], width: int | None = None) -> str:
             f"{gib(memory['usable_bytes'])} usable"
         )
     console.print(
-        f"workload: batch {work['batch']}, prompt {work['prompt']}, answer {work['output']} tokens: context "
+        f"workload: batch {work['batch']}, prompt {work['prompt']}, answer {work['answer']} tokens: context "
         f"{work['context']}; prefill steps of up to {work['prefill_step_tokens']} tokens"
     )
     console.print(*_tables(facts), sep="\n")

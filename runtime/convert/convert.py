@@ -22,7 +22,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,7 @@ def add_convert_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", nargs="?", type=Path, help="directory with *.bin weights, or a .gguf file")
     parser.add_argument("--model-path", "--model_path", type=Path, dest="model_path", help="the same as SOURCE")
     parser.add_argument(
+        "-o",
         "--output",
         type=Path,
         metavar="DIR",
@@ -73,15 +74,19 @@ def add_convert_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of the result (default: as stored; GGUF blocks: float16)")
     parser.add_argument("--force", action="store_true", help="replace weights that are already in the output directory")
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    parser.add_argument("--quiet", "--no-progress", action="store_true", help="no progress bar")
 
 
 def run(args: argparse.Namespace) -> int:
-    """`llmc convert` with parsed flags; prints the closing line."""
+    """`llmc convert` with parsed flags; prints the closing line, or what is known of the result as one object."""
     if (args.source is None) == (args.model_path is None):
-        raise UserError("convert needs one source: a directory with .bin weights, or a .gguf file")
+        raise UserError("convert needs one source: a directory with .bin weights, or a .gguf file", code="E601")
     source = args.source if args.source is not None else args.model_path
-    summary = convert(source, args.output, dtype=args.dtype, progress=not args.no_progress, force=args.force)
+    summary = convert(source, args.output, dtype=args.dtype, progress=not (args.quiet or args.json), force=args.force)
+    if args.json:
+        facts = {**asdict(summary), "source": str(source), "target": str(summary.target)}
+        print(json.dumps({"ok": True, **facts}, indent=1))
+        return 0
     for warning in summary.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(summary)

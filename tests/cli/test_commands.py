@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 
 import pytest
 
-from llmc.compiler.cli import main
+from llmc.compiler.cli import COMMANDS, main, make_parser
+from llmc.runtime.flags import positive, ranks, whole
 
 
 def llmc(*args, cwd=None):
@@ -183,3 +185,27 @@ def test_what_the_model_does_not_offer_is_refused_with_what_it_offers_unless_all
 def test_the_default_world_size_is_the_smallest_that_the_model_offers(tmp_path, capsys):
     assert main(["compile", "llama2-70b", "-o", str(tmp_path / "out"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["world_size"] == 8
+
+
+def test_a_flag_means_one_thing_in_every_command():
+    """Of one name: a switch or a value, and of values, numbers, paths or words."""
+    kinds: dict[str, dict[str, list[str]]] = {}
+    for command in COMMANDS:
+        for action in flags_of(command):
+            for word in action.option_strings:
+                kinds.setdefault(word, {}).setdefault(kind_of(action), []).append(command)
+    assert {word: found for word, found in kinds.items() if len(found) > 1} == {}
+    assert len(kinds["--json"]["switch"]) == len(COMMANDS)
+
+
+def flags_of(command):
+    parser = make_parser([command])
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return commands.choices[command]._actions
+
+
+def kind_of(action):
+    if action.nargs == 0:
+        return "switch"
+    numbers = (int, float, positive, ranks, whole)
+    return "number" if action.type in numbers else f"words of {action.dest}"  # a path is words to `run`

@@ -24,7 +24,7 @@ MATRIX = Path(os.environ.get("LLMC_FEATURE_MATRIX", Path(__file__).parents[2] / 
 GIVEN = pytest.mark.skipif(not MATRIX.is_file(), reason=f"no feature matrix at {MATRIX} (set LLMC_FEATURE_MATRIX)")
 GROUPS = (1, 2, 4, 8)  # world sizes that the seed deploys
 # The least that a deployment must do: one sequence of LLaMA-1's whole context, half of it prompt.
-LEAST = Workload(batch=1, prompt=1024, output=1024)
+LEAST = Workload(batch=1, prompt=1024, answer=1024)
 GIB = 2**30
 
 SMALL = """
@@ -156,8 +156,8 @@ def test_the_fused_product_and_sum_sends_what_the_sum_alone_does(small):
 
 
 def test_prompts_beyond_the_budget_take_several_steps(small):
-    together = row(small(), 2, Workload(batch=5, prompt=20, output=10))
-    apart = row(small(), 2, Workload(batch=5, prompt=20, output=10, prefill_tokens=45))
+    together = row(small(), 2, Workload(batch=5, prompt=20, answer=10))
+    apart = row(small(), 2, Workload(batch=5, prompt=20, answer=10, prefill_tokens=45))
     assert (together["prefill"]["steps"], apart["prefill"]["steps"]) == (1, 3)
     assert together["prefill"]["flops"] == apart["prefill"]["flops"]
     assert together["prefill"]["wire_bytes"] == apart["prefill"]["wire_bytes"]
@@ -167,7 +167,7 @@ def test_prompts_beyond_the_budget_take_several_steps(small):
 
 @pytest.mark.parametrize("attention", ["paged", "flash"])
 def test_a_decode_step_reads_the_weights_once_and_the_cache_of_every_sequence(small, attention):
-    few, more = (row(small(), 1, Workload(batch=b, prompt=20, output=20), attention=attention) for b in (2, 3))
+    few, more = (row(small(), 1, Workload(batch=b, prompt=20, answer=20), attention=attention) for b in (2, 3))
     embedding = 50 * 64 * 2  # of which the rows of the tokens are read
     cache = 40 * few["cache_bytes_per_token"]
     assert few["decode"]["memory_bytes"] > few["weight_bytes"] - embedding + 2 * cache
@@ -187,14 +187,14 @@ def test_an_operation_takes_as_long_as_the_slowest_of_its_demands():
 
 @pytest.mark.parametrize("attention", ["paged", "flash"])
 def test_the_largest_batch_and_the_longest_context_fit_and_one_more_does_not(attention):
-    memory, work = parse_size("16GiB"), Workload(batch=3, prompt=700, output=300)
+    memory, work = parse_size("16GiB"), Workload(batch=3, prompt=700, answer=300)
     options = Options(world_size=2, attention=attention)
     (found,) = plan("llama2-7b", options, work, memory=memory)["sizes"]
     batch, context = found["largest_batch"], found["largest_context"]
     assert batch > 3
     assert context == 4096, "where memory does not end it, the model's positions do"
     for size, fits in ((batch, True), (batch + 1, False)):
-        (other,) = plan("llama2-7b", options, Workload(batch=size, prompt=700, output=300), memory=memory)["sizes"]
+        (other,) = plan("llama2-7b", options, Workload(batch=size, prompt=700, answer=300), memory=memory)["sizes"]
         assert other["fits"] == fits
 
 
@@ -287,7 +287,7 @@ def test_what_fits_nowhere_is_said(capsys):
         (["--memory", "2GiB"], "2.00 GiB of memory 3.00 GiB are reserved"),
         (["--reserve", "much"], "'much' is not a size"),
         (["--batch", "0"], "--batch 0: expected a whole number of at least 1"),
-        (["--prompt", "60", "--output", "9"], "69 positions; the model has 64"),
+        (["--prompt", "60", "--answer", "9"], "69 positions; the model has 64"),
         (["--tp", "9"], "world size 9 is not possible"),
         (["--tp", "0"], "world size 0 is not possible"),
         (["--device", "atlas"], "unknown device"),
@@ -320,7 +320,7 @@ def test_the_page_shows_what_is_printed(capsys):
     example = page.split("```")[3].splitlines()
     printed = set()
     for size in ("4", "5", "8"):
-        words = ["llama2-70b", "--batch", "8", "--prompt", "2048", "--output", "512", "--tp", size]
+        words = ["llama2-70b", "--batch", "8", "--prompt", "2048", "--answer", "512", "--tp", size]
         printed |= {" ".join(line.split()) for line in run(capsys, *words)[1].splitlines()}
     rows = [" ".join(line.split()) for line in example if line[:2].strip(" *").isdigit()]
     assert len(rows) == 4
