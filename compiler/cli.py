@@ -154,14 +154,26 @@ def graph_flags(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--backend", help="of collectives: lccl or hccl (default: the device's)")
     p.add_argument("--allow-unsupported", action="store_true", help="also what the model's `support:` does not offer")
+    extends_flag(p)
     p.add_argument("--fuse", metavar="LIST", help="fusions to apply, comma separated, or none (default: the device's)")
     p.add_argument("--layers-per-segment", type=int, default=0, help="at most so many layers in one ATB graph")
+
+
+def extends_flag(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--allow-extends",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="`extends:` may read files of this directory too, not only of the model's own (repeatable)",
+    )
 
 
 def diff_flags(p: argparse.ArgumentParser) -> None:
     text = "a model (YAML file or name) with settings after @, or the directory of an artifact"
     p.add_argument("a", metavar="A", help=text)
     p.add_argument("b", metavar="B", help="likewise")
+    extends_flag(p)
     p.epilog = (
         "Settings are the flags of `llmc compile`: llama2-13b@tp=8, llama2-7b@tp=2,dtype=bfloat16,attention=flash; "
         "a list is written with +, as in fuse=swiglu+add_norm. The exit code is 0 whether or not there are differences."
@@ -238,6 +250,7 @@ def _options(args: argparse.Namespace) -> Any:
         world_size=args.tp,
         backend=args.backend,
         allow_unsupported=args.allow_unsupported,
+        allow_extends=tuple(args.allow_extends),
         fusions=fusions,
         layers_per_segment=args.layers_per_segment,
     )
@@ -294,12 +307,12 @@ def show_command(args: argparse.Namespace) -> int:
 def diff_command(args: argparse.Namespace) -> int:
     from llmc.compiler.reports import diff
 
-    changes = diff.diff(_manifest(args.a), _manifest(args.b))
+    changes = diff.diff(*(_manifest(side, args.allow_extends) for side in (args.a, args.b)))
     facts = {"equal": not changes, "a": args.a, "b": args.b, "changes": changes}
     return tell(args, facts, lambda: diff.show_diff(changes, args.a, args.b))
 
 
-def _manifest(side: str) -> Any:
+def _manifest(side: str, allow_extends: Sequence[str]) -> Any:
     """The manifest of one side of `llmc diff`: of an artifact that lies there, or of a model compiled in memory."""
     from llmc.compiler import artifact
     from llmc.compiler.pipeline import compile_model
@@ -307,6 +320,7 @@ def _manifest(side: str) -> Any:
     if Path(side).is_dir():
         return artifact.read(Path(side)).manifest
     args = _side(side)
+    args.allow_extends += allow_extends
     return artifact.make_manifest(compile_model(args.graph, _options(args)))
 
 

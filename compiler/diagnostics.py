@@ -42,7 +42,7 @@ CODES: Mapping[str, str] = {
     "E002": "not valid YAML",
     "E003": "duplicate key",
     "E004": "the document is too large or expands too far",
-    "E005": "extends: unknown or circular",
+    "E005": "extends: unknown, circular or outside the model's folder",
     # 1xx: the language
     "E101": "unknown key",
     "E102": "missing key",

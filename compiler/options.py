@@ -25,6 +25,7 @@ class Options:
     fusions: tuple[str, ...] | None = None
     layers_per_segment: int = 0
     allow_unsupported: bool = False  # compile also what `support:` does not offer
+    allow_extends: tuple[str, ...] = ()  # folders outside the model's whose files may be extended
 
     @property
     def target(self) -> Device:

@@ -68,7 +68,7 @@ def compile_model(path: str, options: Options, *, until: str = "") -> Compiled:
     """Read, build and run the passes (up to and including `until`). Raises UserError with all problems of a stage."""
     if until and until not in PASS_NAMES:
         raise UserError(f"unknown pass {until!r}", hint=f"one of {', '.join(PASS_NAMES)}")
-    model = load_model(path)
+    model = load_model(path, options.allow_extends)
     try:
         return _run(model, check_options(model, options), until)
     except DiagnosticError as error:

@@ -122,6 +122,7 @@ RUN_FLAGS: tuple[Flag, ...] = (
     ),
     Flag("backend", str, None, "of collectives between NPUs: lccl or hccl (default: what the board has)", OURS),
     Flag("allow_unsupported", None, False, "compile also what the model's `support:` does not offer", OURS),
+    Flag("allow_extends", str, None, "directories that the graph's `extends:` may read too", OURS, many=True),
     # input
     Flag(
         "input_text",

@@ -308,7 +308,8 @@ def _artifact(
         check_artifact_config(artifact.manifest, config, config_path)
         return artifact
     graph = choose_variant(config, config_path) if args.graph is None else args.graph
-    check_config(load_model(graph), config, config_path)
+    allow_extends = tuple(args.allow_extends or ())
+    check_config(load_model(graph, allow_extends), config, config_path)
     stored = config.get("dtype") or config.get("torch_dtype")
     device = args.device or default_device(args.torch_device)
     ask = on_npu(device) and world_size != 1 and len(device_profile(device).backends) > 1
@@ -319,6 +320,7 @@ def _artifact(
         world_size=world_size,
         backend=args.backend or (npu.backend(one_host=team is None or team.place.one_host) if ask else None),
         allow_unsupported=args.allow_unsupported,
+        allow_extends=allow_extends,
     )
     target = Path(cleanup.enter_context(temporary_directory())) / "artifact"
     artifacts.write(compile_model(graph, options), target)

@@ -60,9 +60,10 @@ class Instance:
     iteration: int | None
 
 
-def load_model(path_or_name: str | os.PathLike[str]) -> Model:
-    """The model of a YAML file, or of the catalogue by name; DiagnosticError with everything that is wrong."""
-    return build_model(source.load(path_or_name))
+def load_model(path_or_name: str | os.PathLike[str], allow_extends: Iterable[str | os.PathLike[str]] = ()) -> Model:
+    """The model of a YAML file, or of the catalogue by name; DiagnosticError with everything that is wrong.
+    `allow_extends`: folders beside the file's own whose files may be extended."""
+    return build_model(source.load(path_or_name, allow_extends))
 
 
 def build(document: Document) -> Graph:

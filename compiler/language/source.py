@@ -13,14 +13,15 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Union
 
 import yaml
 
 import llmc.graphs
-from llmc.compiler.diagnostics import DiagnosticError, Place, Report, did_you_mean
+from llmc.compiler.diagnostics import DiagnosticError, Place, Report, UserError, did_you_mean
+from llmc.compiler.files import TooLarge, Unreadable, is_within, kind, read_bytes
 
 GRAPHS = os.path.realpath(os.path.dirname(llmc.graphs.__file__))
 MAX_BYTES = 1 << 20
@@ -87,21 +88,22 @@ def catalogue() -> list[str]:
     return sorted(f.removesuffix(".yaml") for f in os.listdir(GRAPHS) if f.endswith(".yaml"))
 
 
-def load(path_or_name: str | os.PathLike[str]) -> Document:
-    """Read a file, or a model of the catalogue by name, with everything that it extends."""
+def load(path_or_name: str | os.PathLike[str], allow: Iterable[str | os.PathLike[str]] = ()) -> Document:
+    """Read a file, or a model of the catalogue by name, with everything that it extends: files of its folder and of the
+    catalogue, and of the folders that are allowed."""
     typed = os.fspath(path_or_name)
     report = Report({})
-    path = _find(typed)
+    path = next(filter(_is_file, _candidates(typed)), None)
     if path is None:
         report.add("E001", _why_not(typed), likely=_way_out(typed))
         report.raise_if_any()
     assert path is not None
-    return _Chain(report).load(path)
+    return _Chain(report, os.path.dirname(path), allow).load(path)
 
 
 def loads(text: str | bytes, file: str = "<text>") -> Document:
-    """The same for text that is in memory; `extends` looks in the working directory first."""
-    chain = _Chain(Report({}))
+    """The same for text that is in memory; its folder is the working directory."""
+    chain = _Chain(Report({}), "")
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     return chain.finish(chain.merged(file, data, ""))
 
@@ -117,16 +119,17 @@ def show(value: Value) -> str:
             return f"a mapping with {', '.join(list(value.items)[:5]) or 'nothing in it'}"
 
 
-def _find(typed: str) -> str | None:
-    """The file that is meant: as typed, with .yaml, or from the catalogue (`graphs/` may be said)."""
-    name = _stem(typed)
-    for path in (typed, f"{typed}.yaml", os.path.join(GRAPHS, *name.split("/")) + ".yaml"):
-        try:
-            if stat.S_ISREG(os.stat(path).st_mode):
-                return path
-        except (OSError, ValueError):
-            continue
-    return None
+def _candidates(typed: str, folder: str = "") -> list[str]:
+    """Files that may be meant: as typed, with .yaml, or from the catalogue (`graphs/` may be said)."""
+    path = os.path.join(folder, typed)
+    return [path, f"{path}.yaml", os.path.join(GRAPHS, *_stem(typed).split("/")) + ".yaml"]
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return os.path.isfile(path)
+    except ValueError:  # a NUL in the name
+        return False
 
 
 def _stem(typed: str) -> str:
@@ -135,12 +138,11 @@ def _stem(typed: str) -> str:
 
 def _why_not(typed: str) -> str:
     try:
-        mode = os.stat(typed).st_mode
+        return f"cannot read {typed!r}: {kind(typed)}"
     except OSError as error:
         return f"cannot read {typed!r}: {error.strerror}"
     except ValueError as error:
         return f"cannot read {typed!r}: {error}"
-    return f"cannot read {typed!r}: it is a directory" if stat.S_ISDIR(mode) else f"{typed!r} is not a regular file"
 
 
 def _way_out(typed: str) -> str:
@@ -161,12 +163,14 @@ def _display(path: str) -> str:
 class _Chain:
     """Reads a file and follows `extends`."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Report, folder: str, allow: Iterable[str | os.PathLike[str]] = ()) -> None:
         self.report = report
         self.sources: dict[str, str] = {}
         self.report.sources = self.sources
         self.hash = hashlib.sha256()
         self.open: dict[str, str] = {}  # real path -> name in messages, of the files being read
+        self.folder = os.path.realpath(folder)
+        self.folders = (GRAPHS, *map(_allowed_folder, allow))
 
     def load(self, path: str) -> Document:
         return self.finish(self.read(path))
@@ -182,13 +186,14 @@ class _Chain:
         self.report.raise_if_any()
         return Document(root=root, sources=self.sources, hash=self.hash.hexdigest())
 
-    def read(self, path: str) -> Map:
+    def read(self, path: str, place: Place | None = None) -> Map:
         file = _display(path)
         try:
-            with open(path, "rb") as stream:
-                data = stream.read(MAX_BYTES + 1)
-        except OSError as error:
-            self.report.add("E001", f"cannot read {file!r}: {error.strerror}")
+            data = read_bytes(path, MAX_BYTES)
+        except (OSError, Unreadable) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            code = "E004" if isinstance(error, TooLarge) else "E001"
+            self.report.add(code, f"cannot read {file!r}: {why}", place)
             self.report.raise_if_any()
             raise
         self.open[os.path.realpath(path)] = file
@@ -209,17 +214,16 @@ class _Chain:
             keys=root.keys,
             place=root.place,
         )
-        return merge(self.read(self.base(extends, folder)), here, self.report)
+        return merge(self.read(self.base(extends, folder), extends.place), here, self.report)
 
     def base(self, extends: Value, folder: str) -> str:
         """The file that `extends` names: beside this one, else in the catalogue."""
-        if not isinstance(extends, Scalar) or not isinstance(extends.value, str):
+        if not isinstance(extends, Scalar) or not isinstance(extends.value, str) or not extends.value.strip():
             self.report.add("E103", "'extends' must name one file", extends.place, found=show(extends))
             self.report.raise_if_any()
         assert isinstance(extends, Scalar)
-        name = extends.text
-        path = _find(os.path.join(folder, name)) or _find(os.path.join(GRAPHS, _stem(name)))
-        if path is None:
+        name, path = extends.text, self.found(extends, folder)
+        if not path:
             known = [*catalogue(), *(f"families/{f[:-5]}" for f in os.listdir(os.path.join(GRAPHS, "families")))]
             self.report.add("E005", f"extends: there is no {name!r}", extends.place, likely=did_you_mean(name, known))
         elif os.path.realpath(path) in self.open:
@@ -232,8 +236,47 @@ class _Chain:
         elif len(self.open) >= MAX_EXTENDS:
             self.report.add("E005", f"extends: more than {MAX_EXTENDS} files deep", extends.place)
         self.report.raise_if_any()
-        assert path is not None
         return path
+
+    def found(self, extends: Scalar, folder: str) -> str:
+        """The path of the file, "" if there is none. What leads out is refused before anybody looks whether it is
+        there: links count by where they lead."""
+        name = extends.text
+        candidates = _candidates(name, folder) if "\0" not in name else []
+        for path in candidates:
+            real = os.path.realpath(path)
+            if not self.allowed(real):
+                self.report.add(
+                    "E005", f"extends: {name!r} is outside the model's folder", extends.place,
+                    found="" if real == os.path.abspath(path) and os.path.isabs(name) else f"it leads to {real}",
+                    needed=f"a file of the folder {_display(self.folder)} and below, or of the catalogue",
+                    likely=f"--allow-extends {os.path.dirname(real)}, if that file may be read",
+                )  # fmt: skip
+                self.report.raise_if_any()
+            if _is_file(path):
+                return path
+        if candidates and os.path.lexists(candidates[0]):
+            self.report.add("E005", f"extends: {_why_not(candidates[0])}", extends.place)
+            self.report.raise_if_any()
+        return ""
+
+    def allowed(self, real: str) -> bool:
+        """Whether `extends` may read this resolved path. A model in `/` would have everything for its tree: it has the
+        files beside it."""
+        if os.path.dirname(self.folder) == self.folder:
+            return os.path.dirname(real) == self.folder or is_within(real, self.folders)
+        return is_within(real, (self.folder, *self.folders))
+
+
+def _allowed_folder(folder: str | os.PathLike[str]) -> str:
+    typed = os.fspath(folder)
+    try:
+        if stat.S_ISDIR(os.stat(typed).st_mode):
+            return os.path.realpath(typed)
+        why = "it is not a directory"
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+    raise UserError(f"--allow-extends {typed!r}: {why}", hint="the directory of the files that may be extended")
 
 
 def merge(base: Map, over: Map, report: Report, path: tuple[str, ...] = ()) -> Map:
@@ -284,9 +327,6 @@ def _walk(value: Value, path: tuple[str, ...] = (), key: str = "") -> Iterator[t
 
 def _decode(file: str, data: bytes, report: Report) -> str:
     """Text of a file; what YAML's reader would refuse without a place is told here."""
-    if len(data) > MAX_BYTES:
-        report.add("E004", f"{file!r} is larger than {MAX_BYTES >> 20} MiB", likely="is this a model description?")
-        report.raise_if_any()
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

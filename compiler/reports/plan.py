@@ -58,7 +58,7 @@ def plan(
 ) -> dict[str, Any]:
     """Facts of every world size at which the model compiles (of `options.world_size` alone where it is given), as plain
     data in bytes, seconds and counts. `memory` of one rank: default the device's first board; `reserve`: of it."""
-    model = load_model(graph)
+    model = load_model(graph, options.allow_extends)
     target = device(options.device)
     work = decide(workload or Workload(), int(model.graph.sizes["max_positions"]))
     budget = budget_of(target, memory, reserve)

@@ -99,6 +99,17 @@ def test_streamed_text_is_the_answer(checkpoint, capsys):
     assert streamed[:3] == plain[:3]
 
 
+def test_a_graph_extends_files_of_its_folder_and_of_those_that_are_allowed(checkpoint, tmp_path, capsys):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"extends: {checkpoint / 'mine.yaml'}\nname: other\n")
+    words = ["run", "--model-path", str(checkpoint), "--graph", str(mine), "--dtype", "float32"]
+    words += ["--input-ids", "1,2", "--max-output-length", "1", "--json"]
+    assert main(words) == 1
+    assert "E005" in capsys.readouterr().out
+    assert main([*words, "--allow-extends", str(tmp_path), str(checkpoint)]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "other"
+
+
 def test_a_small_cache_and_bfloat16_work(checkpoint, capsys):
     ids = ["1,5,9,2", "3,3,3"]
     assert run(checkpoint, "--is_bf16", "--dtype", "bfloat16", "--input-ids", *ids, "--num-blocks", "1", "--json") == 0

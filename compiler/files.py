@@ -1,0 +1,74 @@
+"""Files that anybody may have written: regular ones only, and never more of them than the caller expects.
+
+data = read_bytes("graphs/mine.yaml", 1 << 20)      # or Unreadable("it is a pipe, not a regular file")
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+KINDS = {
+    stat.S_IFDIR: "it is a directory",
+    stat.S_IFIFO: "it is a pipe, not a regular file",
+    stat.S_IFCHR: "it is a device, not a regular file",
+    stat.S_IFBLK: "it is a device, not a regular file",
+    stat.S_IFSOCK: "it is a socket, not a regular file",
+}
+
+
+class Unreadable(Exception):
+    """`str(error)` says why, as the end of a sentence that names the file."""
+
+
+class TooLarge(Unreadable):
+    """The file has more bytes than the caller reads."""
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes; FileNotFoundError or Unreadable otherwise.
+
+    Nothing else is opened: a pipe would wait for its writer, a device may do something or never end."""
+    try:
+        _refuse_special(os.stat(path).st_mode)
+        # Non-blocking, in case a pipe took its place meanwhile.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as stream:
+            _refuse_special(os.fstat(stream.fileno()).st_mode)
+            data = stream.read(limit + 1)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise Unreadable(error.strerror or str(error)) from None
+    except ValueError as error:  # a name with a NUL
+        raise Unreadable(str(error)) from None
+    if len(data) > limit:
+        raise TooLarge(f"it is larger than {_size(limit)}")
+    return data
+
+
+def read_text(path: str | os.PathLike[str], limit: int) -> str:
+    """The same, as UTF-8."""
+    try:
+        return read_bytes(path, limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"it is not UTF-8 text: byte 0x{error.object[error.start]:02x} at {error.start}") from None
+
+
+def kind(path: str | os.PathLike[str]) -> str:
+    """Why a path that is there cannot be read as a file, "" where it can."""
+    return KINDS.get(stat.S_IFMT(os.stat(path).st_mode), "")
+
+
+def is_within(path: str, folders: tuple[str, ...]) -> bool:
+    """Whether a resolved path lies in one of these resolved folders, or below."""
+    return any(Path(path).is_relative_to(folder) for folder in folders)
+
+
+def _refuse_special(mode: int) -> None:
+    if why := KINDS.get(stat.S_IFMT(mode)):
+        raise Unreadable(why)
+
+
+def _size(limit: int) -> str:
+    return f"{limit >> 20} MiB" if limit >= 1 << 20 else f"{limit >> 10} KiB"
