@@ -8,6 +8,7 @@ Tensors are bound by the names of the manifest. Nothing here knows a model: orde
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from llmc.compiler.artifact import Artifact
+from llmc.compiler.atb.collective import domain_problem, lccl_port
 from llmc.compiler.diagnostics import UserError
 
 
@@ -43,6 +45,8 @@ class Executor:
             more = [f"  and {len(problems) - 20} more"] if len(problems) > 20 else []
             lines = [f"{len(problems)} tensors are not what the artifact needs:", *problems[:20], *more]
             raise UserError("\n".join(lines), code="E503")
+        if self.manifest["backend"] == "lccl" and (why := domain_problem(comm_domain, lccl_port(os.environ))):
+            raise UserError(f"comm_domain {comm_domain!r} cannot be used: {why}")
         if hasattr(atb, "use_chip"):  # hostatb obeys the rules of the chip that the artifact was compiled for
             atb.use_chip(self.manifest["chip"])
         ranks = (rank, self.manifest["world_size"], comm_domain, rank_table_file)

@@ -34,6 +34,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from llmc.compiler.atb.collective import PORTS, lccl_domain, lccl_port
 from llmc.compiler.diagnostics import DiagnosticError, UserError
 
 if TYPE_CHECKING:
@@ -65,8 +66,9 @@ class Place:
 
     @property
     def comm_domain(self) -> str:
-        """Name of the communicator: one per run on a host, legal for every backend (a number up to 65535)."""
-        return str(self.master_port)
+        """Name of the communicator, legal for every backend: a number, the same on all ranks, and as the master port
+        another one for every run on a host."""
+        return str(lccl_domain(self.master_port, lccl_port(os.environ)))
 
     @property
     def one_host(self) -> bool:
@@ -87,6 +89,8 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
         ) from None
     if not 0 <= rank < world_size:
         raise UserError(f"RANK={rank} is not a rank of WORLD_SIZE={world_size}", hint="torchrun sets both")
+    if not 0 < port <= PORTS[1]:
+        raise UserError(f"MASTER_PORT={port} is not a port: 1 to {PORTS[1]}", hint="torchrun --master-port sets it")
     return Place(
         rank=rank,
         world_size=world_size,

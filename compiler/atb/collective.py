@@ -40,6 +40,11 @@ DEVICE_COUNT = 8
 MAX_DOMAIN_TEXT = 128
 MAX_DOMAIN_ID = 65535
 MIN_DOMAIN_MBYTES = 200
+DOMAIN_TEXT = re.compile(r"([0-9]+)(?::([0-9]+))?", re.ASCII)
+# Rank 0 of lccl (and lcoc) listens on 127.0.0.1 at this port plus commDomain, cut to 16 bits; LCAL_COMM_ID=ip:port
+# gives another one (LcalSockExchange::GetIpAndPort of ATB 8.5.0, src/kernels/lcal/src/tools/socket).
+LCCL_PORT = 10067
+PORTS = (1024, 65535)  # that a process may listen on without being root (Linux, ip_unprivileged_port_start)
 DTYPE = "ERROR_INVALID_TENSOR_DTYPE"
 INI = "ERROR_INVALID_TENSOR_INI_MATCH"
 
@@ -91,10 +96,41 @@ def domain_fits(param: Param) -> bool:
     """lccl and lcoc between processes take no text: "", a number up to 65535, or "id:megabytes" (at least 200)."""
     if param.backend not in ("lccl", "lcoc") or param.commMode != 0 or not param.commDomain:
         return True
-    match = re.fullmatch(r"([0-9]+)(?::([0-9]+))?", param.commDomain)
+    match = DOMAIN_TEXT.fullmatch(param.commDomain)
     if not match:
         return False
     return int(match[1]) <= MAX_DOMAIN_ID and (match[2] is None or int(match[2]) >= MIN_DOMAIN_MBYTES)
+
+
+def lccl_port(environment: Mapping[str, str]) -> int:
+    """The port to which lccl adds commDomain. A text that it cannot read it ignores."""
+    match = re.match(r"[^:]*:\s*\+?0*([0-9]{1,5})(?![0-9])", environment.get("LCAL_COMM_ID", ""))
+    return int(match[1]) if match and int(match[1]) <= PORTS[1] else LCCL_PORT
+
+
+def lccl_domain(own: int, base: int) -> int:
+    """A commDomain for the run that owns the port `own`: base + commDomain is a port to listen on, and not `own`. Runs
+    get different ones if their ports lie less than 65536 - max(1024, base) apart: 55469, for the usual base."""
+    first = max(0, PORTS[0] - base)
+    count = PORTS[1] + 1 - base - first
+    domain = own % count
+    if base + first + domain == own:
+        domain = (domain + 1) % count
+    return first + domain
+
+
+def domain_problem(domain: str, base: int) -> str:
+    """Why lccl cannot run with this commDomain; "" if it can. libatb accepts more (`domain_fits`), and then gets
+    another port or none."""
+    match = DOMAIN_TEXT.fullmatch(domain or "0")
+    if not match or (match[2] is not None and int(match[2]) < MIN_DOMAIN_MBYTES):
+        return f"it must be a number, or number:megabytes with at least {MIN_DOMAIN_MBYTES}"
+    low, high = (max(0, port - base) for port in PORTS)
+    if low <= int(match[1]) <= high:
+        return ""
+    return (
+        f"lccl listens on port {base} + domain, which must be {PORTS[0]} to {PORTS[1]}: a number from {low} to {high}"
+    )
 
 
 def check_reduced_dtype(param: Param, kind: str, x: Desc, chip: str) -> None:

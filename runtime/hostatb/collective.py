@@ -13,6 +13,7 @@ So all ranks hold the same bits, and threads and processes give what a loop over
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -29,9 +30,10 @@ from llmc.compiler.atb.collective import (
     LINEAR_PER_TOKEN,
     LINEAR_REDUCE_SCATTER,
     MOE_TYPES,
-    domain_fits,
+    domain_problem,
     fused,
     is_quant,
+    lccl_port,
     linear_parallel_inputs,
 )
 from llmc.compiler.atb.core import AtbError, Desc, Param
@@ -87,9 +89,10 @@ def gather_ranks(param: Param, tensor: Tensor) -> Tensor:
     """The tensors of all ranks, stacked in rank order: [rankSize, ...]."""
     if param.rankSize == 1:
         return tensor.unsqueeze(0)
-    if not domain_fits(param):
+    listens = param.backend in ("lccl", "lcoc") and param.commMode == 0
+    if listens and (why := domain_problem(param.commDomain, lccl_port(os.environ))):
         raise AtbError("ERROR_COMM_EMPTY", f"commDomain of {param.backend}", found=repr(param.commDomain),
-                       expected="empty, a number up to 65535, or id:megabytes", stage="execute")  # fmt: skip
+                       expected=why, stage="execute")  # fmt: skip
     group: ThreadGroup | None = getattr(_thread, "group", None)
     if group:
         _require_member(param, group.size, _thread.rank)

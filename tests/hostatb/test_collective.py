@@ -122,9 +122,10 @@ def test_a_rank_that_claims_to_be_another_is_refused() -> None:
         run_ranks([lambda: run("AllReduce", {"rank": 1, "rankSize": 2}, torch.ones(2))] * 2)
 
 
-def test_lccl_refuses_a_domain_that_is_text_when_it_runs() -> None:
+@pytest.mark.parametrize("domain", ["tp", "55469"])
+def test_lccl_refuses_a_domain_that_is_text_or_gives_no_port_when_it_runs(domain) -> None:
     with pytest.raises(AtbError, match="ERROR_COMM_EMPTY at execute"):
-        on_ranks("AllReduce", {"backend": "lccl", "commDomain": "tp"}, [[torch.ones(2)], [torch.ones(2)]])
+        on_ranks("AllReduce", {"backend": "lccl", "commDomain": domain}, [[torch.ones(2)], [torch.ones(2)]])
 
 
 def _process(rank: int, store: str, folder: str) -> None:

@@ -43,13 +43,45 @@ def test_torchrun_says_who_a_rank_is():
     assert not found.one_host
 
 
+def domain(port: int) -> int:
+    found = find_place({**TORCHRUN, "MASTER_PORT": str(port)})
+    assert found is not None
+    return int(found.comm_domain)
+
+
+@pytest.mark.parametrize("base", [10067, 20000, 32768, 60000, 80])
+def test_with_every_master_port_lccl_listens_on_a_free_port_that_needs_no_root(monkeypatch, base):
+    """The vendor adds the domain to 10067, or to the port of LCAL_COMM_ID."""
+    if base != 10067:
+        monkeypatch.setenv("LCAL_COMM_ID", f"127.0.0.1:{base}")
+    for port in range(1, 65536):
+        listens = base + ranks.lccl_domain(port, base)
+        assert 1024 <= listens <= 65535, port
+        assert listens != port
+    assert domain(60999) == ranks.lccl_domain(60999, base)
+
+
+def test_runs_on_one_host_have_different_domains():
+    """Ports that Linux chooses, what people write (torchrun's 29500, 20010, ...), and as many more as can differ."""
+    assert len({domain(port) for port in range(10067, 65536)}) == 55469
+
+
+@pytest.mark.parametrize("text", ["", "10.0.0.1", "host:", "127.0.0.1:70000", "127.0.0.1:x", "127.0.0.1:200000"])
+def test_what_lccl_does_not_read_does_not_move_its_port(monkeypatch, text):
+    monkeypatch.setenv("LCAL_COMM_ID", text)
+    assert domain(65535) == 65535 - 55469
+
+
 @pytest.mark.parametrize("name", TORCHRUN)
 def test_a_process_that_torchrun_did_not_start_is_alone(name):
     """Some clusters set RANK and WORLD_SIZE for their own purposes."""
     assert find_place({key: value for key, value in TORCHRUN.items() if key != name}) is None
 
 
-@pytest.mark.parametrize(("name", "value"), [("RANK", "x"), ("RANK", "4"), ("MASTER_PORT", "")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", "x"), ("RANK", "4"), ("MASTER_PORT", ""), ("MASTER_PORT", "0"), ("MASTER_PORT", "65536")],
+)
 def test_an_environment_that_cannot_be_is_shown(name, value):
     with pytest.raises(UserError, match=name):
         find_place({**TORCHRUN, name: value})

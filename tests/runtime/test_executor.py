@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -98,3 +100,13 @@ def test_prompts_that_are_none_are_refused_and_the_engine_goes_on(built, tensors
 def test_an_input_of_both_phases_is_described_by_its_general_shape(built):
     assert built.manifest["inputs"]["token_ids"]["shape"] == ["T"]
     assert built.manifest["inputs"]["position_ids"]["shape"] == ["T"]
+
+
+@pytest.mark.parametrize("domain", ["55469", "65535", "65536", "-1", "tp_0_1", "5:10"])
+def test_a_communicator_that_lccl_would_listen_for_on_no_port_is_refused(built, tensors, domain):
+    """10067 + domain, cut to 16 bits, would be port 0, a port of root's, or another one than was meant."""
+    two = dataclasses.replace(built, manifest={**built.manifest, "world_size": 2, "backend": "lccl"})
+    with pytest.raises(UserError, match=f"comm_domain '{domain}' cannot be used"):
+        Executor(two, hostatb, **tensors, comm_domain=domain)
+    for good in ("", "0", "55468", "7:200"):
+        Executor(two, hostatb, **tensors, comm_domain=good)
