@@ -263,8 +263,10 @@ class AtbOp:
         return f"{self.name}Operation"
 
     def param(self, values: Mapping[str, Any] | None = None) -> Param:
-        """Fill in the C++ defaults. Unknown fields raise AtbError(ERROR_INVALID_PARAM)."""
-        return _fill(self.fields, values or {}, self.name)
+        """Fill in the C++ defaults. Unknown fields, and values that a field cannot hold, raise AtbError
+        (ERROR_INVALID_PARAM)."""
+        with _stage("create", self.name):
+            return _fill(self.fields, values or {}, self.name)
 
     def create(self, param: Param, chip: str) -> None:
         """Stage create."""
@@ -333,7 +335,26 @@ def _fill(fields: Sequence[Field], values: Mapping[str, Any], owner: str) -> Par
         else:
             default = list(f.default) if isinstance(f.default, (list, tuple)) else f.default
             filled[f.name] = values.get(f.name, default)
+            if f.name in values:
+                _check_kind(f, filled[f.name], owner)
     return Param(filled)
+
+
+# What a field's C++ type holds; every kind that is not here is an integer of 64 bits.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "float": (int, float), "floats": (int, float), "str": (str,), "pointer": (object,),
+}  # fmt: skip
+_RANGES = {"uint": (0, 2**32 - 1), "bool": (0, 1)}
+_INT64 = (-(2**63), 2**63 - 1)
+
+
+def _check_kind(f: Field, value: Any, owner: str) -> None:
+    types, (low, high) = _TYPES.get(f.kind, (int,)), _RANGES.get(f.kind, _INT64)
+    items = value if f.kind in ("ints", "floats") else [value]
+    fits = isinstance(items, (list, tuple)) and all(isinstance(item, types) for item in items)
+    if fits and types == (int,):
+        fits = all(low <= item <= high for item in items)
+    require_param(fits, f"{owner}.{f.name} cannot hold this value", found=repr(value), expected=f.kind)
 
 
 def check_count(expected: int, ins: Sequence[Desc]) -> None:
