@@ -5,9 +5,13 @@ The shape of an nz tensor in the manifest is what ATB sees: the logical [n, k] o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from llmc.runtime.hostatb.numeric import format_of, set_format
+
+NZ_DIMS = 5  # of a contiguous cache: [1, rows, columns / 16, positions, 16]; as nd [1, rows, positions, columns]
 
 
 def in_format(tensor: torch.Tensor, layout: str) -> torch.Tensor:
@@ -21,10 +25,20 @@ def in_format(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     return set_format(tensor, layout)
 
 
-def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values as nd, to be read and written by torch: on an NPU a copy, elsewhere the same memory."""
-    if tensor.device.type == "npu":
+def rows_of(cache: torch.Tensor, first: int, count: int) -> torch.Tensor:
+    """Rows of a contiguous cache [1, rows, ...] as one of that many rows: the same memory, in the same format."""
+    rows = cache[:, first : first + count]
+    return rows if cache.device.type == "npu" else set_format(rows, format_of(cache))  # there the storage has it
+
+
+def copy_rows(caches: Iterable[torch.Tensor], source: int, target: int, length: int) -> None:
+    """In each contiguous cache the first `length` positions of a row over those of another one; on an NPU an nz row is
+    copied whole."""
+    pairs = [(rows_of(cache, source, 1), rows_of(cache, target, 1)) for cache in caches]
+    if pairs[0][0].device.type == "npu" and pairs[0][0].dim() == NZ_DIMS:
         from llmc.runtime import npu
 
-        return npu.to_nd(tensor)
-    return tensor.view(tensor.shape) if format_of(tensor) == "nz" else tensor
+        npu.copy_memory(pairs)
+        return
+    for from_row, to_row in pairs:
+        to_row[..., :length, :] = from_row[..., :length, :]

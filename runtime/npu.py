@@ -14,6 +14,7 @@ process; whoever starts ranks sets it, else the variables come late and `load` s
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import logging
@@ -21,7 +22,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     import torch
 
 LOG = logging.getLogger("llmc.npu")
-ND, FRACTAL_NZ = 2, 29  # aclFormat ACL_FORMAT_ND, ACL_FORMAT_FRACTAL_NZ
+FRACTAL_NZ = 29  # aclFormat ACL_FORMAT_FRACTAL_NZ
+DEVICE_TO_DEVICE = 3  # aclrtMemcpyKind ACL_MEMCPY_DEVICE_TO_DEVICE
 # Chip of the ATB table -> how names of its devices begin (atb-operations.md, chip words)
 CHIP_NAMES = {"Ascend910B": ("Ascend910B", "Ascend910_93"), "Ascend310P": ("Ascend310P",)}
 
@@ -187,9 +189,17 @@ def to_nz(tensor: torch.Tensor) -> torch.Tensor:
     return _module("torch_npu").npu_format_cast(tensor, FRACTAL_NZ)
 
 
-def to_nd(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values as torch lays them out: a copy."""
-    return _module("torch_npu").npu_format_cast(tensor, ND)
+def copy_memory(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Of each pair (source, target), both contiguous and of one size, the source's bytes over the target's, whatever
+    their formats: `copy_` between parts of nz tensors turns both of them whole to nd, and the target back (torch_npu
+    CopyKernel.cpp, copy_d2d_dtype_format). What was queued is done before; the copies are done when this returns."""
+    synchronize()
+    copy = ctypes.CDLL("libascendcl.so").aclrtMemcpy
+    for source, target in pairs:
+        size = ctypes.c_size_t(source.numel() * source.element_size())
+        addresses = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (target, source))
+        if status := copy(next(addresses), size, next(addresses), size, DEVICE_TO_DEVICE):
+            raise RuntimeError(f"aclrtMemcpy of {size.value} bytes within the device failed with {status}")
 
 
 def synchronize() -> None:

@@ -1,13 +1,16 @@
-"""Contiguous caches in blocks of 16 columns (nz): one tensor of exactly the running sequences' rows.
+"""Rows of contiguous (flash) caches: those of a step, and moves from one to another.
 
-On an NPU a range of the rows of an nz tensor cannot be seen without a copy, and what is written into the copy is lost.
-So a step gets tensors that hold its rows and nothing else, and they are made anew where the batch changes: new rows are
-joined after their prefill; rows that ended are dropped, and moved ones moved, before the next step.
+A cache is [1, rows, positions, heads * head_dim], in nz [1, rows, columns / 16, positions, 16], and running sequences
+fill its rows 0 to n - 1 (`blocks.RowManager`). A step gets its rows as a view of the same memory, so a sequence that
+joins is prefilled where it stays; where one leaves, the last one takes its row, and nothing else is copied.
 
-    rows = BlockedRows(caches)
-    inputs |= rows.before(batch)
-    ...                             # the step
-    rows.after(batch)
+    rows = Rows(caches)
+    rows.move(batch.moves)
+    inputs |= rows.of(first=0, count=4)         # name -> [1, 4, ...]
+
+A range of rows is contiguous, in nz too: rows are the outermost dimension that is not 1, and positions come in whole
+blocks of 16, so that each row is whole blocks. torch_atb takes a view's own address and the format of its storage
+(torch_atb/resource/utils.cpp ConvertToAtbTensor, torch_npu NPUFormat.cpp get_npu_format), so it writes the row itself.
 """
 
 from __future__ import annotations
@@ -16,60 +19,24 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from llmc.compiler.diagnostics import UserError
-from llmc.runtime.engine.scheduler import Batch, Move
-from llmc.runtime.formats import in_format, plain
+from llmc.runtime.engine.scheduler import Move
+from llmc.runtime.formats import copy_rows, rows_of
 
 
-class BlockedRows:
-    """`caches`: name -> a tensor that says the shape [1, rows, columns / 16, positions, 16], dtype and device."""
+class Rows:
+    """`caches`: name -> cache, all of them with the same rows."""
 
     def __init__(self, caches: Mapping[str, torch.Tensor]) -> None:
         self.caches = caches
-        self.count = 0  # rows that hold a sequence
-        self.live: dict[str, torch.Tensor] = {}
-        self.new: dict[str, torch.Tensor] = {}
+        self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}  # made once: a decode step comes again
 
-    def before(self, batch: Batch) -> Mapping[str, torch.Tensor]:
-        """The caches of the step, by name."""
-        prefill = batch.phase == "prefill"
-        self._keep(batch.first_row if prefill else len(batch.sequences), batch.moves)
-        if not prefill:
-            return self.live
-        count = len(batch.sequences)
-        try:
-            self.new = {name: in_format(_zeros(like, count), "nz") for name, like in self.caches.items()}
-        except RuntimeError:  # torch.OutOfMemoryError on devices, a plain RuntimeError on the host
-            needed = sum(like[:, :1].numel() * like.element_size() for like in self.caches.values()) * count
-            raise UserError(
-                f"the cache of {count} more sequences needs {needed / 2**30:.1f} GiB, and there was no room for it",
-                hint="fewer or shorter prompts, a smaller --batch-size or --max-output-length",
-            ) from None
-        return self.new
+    def of(self, first: int, count: int) -> Mapping[str, torch.Tensor]:
+        """The caches of a step that runs on these rows, by name."""
+        if (first, count) not in self._views:
+            self._views[first, count] = {n: rows_of(cache, first, count) for n, cache in self.caches.items()}
+        return self._views[first, count]
 
-    def after(self, batch: Batch) -> None:
-        """A prefill's rows stand after those that were there."""
-        if batch.phase != "prefill":
-            return
-        if not self.count:
-            self.live = dict(self.new)
-        for name in self.new if self.count else ():
-            self.live[name] = in_format(torch.cat([plain(self.live[name]), plain(self.new[name])], dim=1), "nz")
-        self.count += len(batch.sequences)
-        self.new = {}
-
-    def _keep(self, count: int, moves: Sequence[Move]) -> None:
-        """Move rows, then keep the first `count`."""
-        if count == 0:
-            self.live = {}
-        elif moves or count != self.count:
-            for name, tensor in self.live.items():  # one after the other: only one is there twice
-                rows = plain(tensor)
-                for move in moves:
-                    rows[:, move.target, :, : move.length] = rows[:, move.source, :, : move.length]
-                self.live[name] = in_format(rows[:, :count].clone(), "nz")
-        self.count = count
-
-
-def _zeros(like: torch.Tensor, rows: int) -> torch.Tensor:
-    return torch.zeros((1, rows, *like.shape[2:]), dtype=like.dtype, device=like.device)
+    def move(self, moves: Sequence[Move]) -> None:
+        """Copy the beginning of a row over that of another one, one move after the other."""
+        for move in moves:
+            copy_rows(self.caches.values(), move.source, move.target, move.length)

@@ -19,7 +19,7 @@ import torch
 
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.engine.blocks import BLOCK_SIZE, slot
-from llmc.runtime.engine.rows import BlockedRows
+from llmc.runtime.engine.rows import Rows
 from llmc.runtime.engine.scheduler import Batch
 from llmc.runtime.engine.sequence import Sequence as Request
 from llmc.runtime.formats import in_format
@@ -38,24 +38,16 @@ def is_paged(manifest: Mapping[str, Any]) -> bool:
     return next(iter(manifest["caches"].values()))["shape"][0] == "N"
 
 
-def has_blocked_rows(manifest: Mapping[str, Any]) -> bool:
-    """Contiguous caches in nz: their rows lie in tensors of their own."""
-    return not is_paged(manifest) and next(iter(manifest["caches"].values()))["format"] == "nz"
-
-
 def make_caches(
     manifest: Mapping[str, Any], sizes: Mapping[str, int], device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
-    """Zeroed caches. `sizes`: {"N": blocks} when paged, {"B": rows, "S": tokens} when contiguous. Contiguous nz caches
-    are their shape only, with a multiple of 16 positions: `BlockedRows` holds the rows that are in use."""
+    """Zeroed caches. `sizes`: {"N": blocks} when paged, {"B": rows, "S": tokens} when contiguous; S of nz caches is
+    rounded up to whole blocks of 16, so that each row is whole blocks."""
     caches: dict[str, torch.Tensor] = {}
     for name, cache in manifest["caches"].items():
         dtype = getattr(torch, cache["dtype"])
-        if has_blocked_rows(manifest):
-            shape = _shape(cache["shape"], {**sizes, "S": -(-sizes["S"] // 16) * 16})
-            caches[name] = torch.zeros(1, dtype=dtype, device=device).expand(shape)
-            continue
-        shape = _shape(cache["shape"], sizes)
+        block = 16 if cache["format"] == "nz" else 1
+        shape = _shape(cache["shape"], {**sizes, "S": -(-sizes.get("S", 0) // block) * block})
         try:
             caches[name] = in_format(torch.zeros(shape, dtype=dtype, device=device), cache["format"])
         except RuntimeError:  # torch.OutOfMemoryError on devices, a plain RuntimeError on the host
@@ -128,20 +120,13 @@ class Runner:
         self.manifest, self.executor, self.caches, self.device = manifest, executor, caches, device
         self.paged = is_paged(manifest)
         self.block_size = block_size(manifest) if self.paged else BLOCK_SIZE
-        self._rows: dict[tuple[int, int], dict[str, torch.Tensor]] = {}  # views of cache rows, made once
-        self.blocked = BlockedRows(caches) if has_blocked_rows(manifest) else None
+        self.rows = None if self.paged else Rows(caches)
 
     def run(self, batch: Batch) -> torch.Tensor:
-        if self.blocked:
-            logits = self.executor.run(batch.phase, {**self.inputs(batch), **self.blocked.before(batch)})
-            self.blocked.after(batch)
-            return logits
-        for move in batch.moves:
-            for cache in self.caches.values():
-                cache[:, move.target, : move.length] = cache[:, move.source, : move.length]
         inputs = self.inputs(batch)
-        if not self.paged:
-            inputs |= self._cache_rows(batch.first_row, batch.first_row + len(batch.sequences))
+        if self.rows:
+            self.rows.move(batch.moves)
+            inputs |= self.rows.of(batch.first_row, len(batch.sequences))
         return self.executor.run(batch.phase, inputs)
 
     def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -165,11 +150,6 @@ class Runner:
             "slots": [slot(r.block_table, p, self.block_size) for r, p in zip(owners, positions, strict=True)],
             "block_tables": [r.block_table + [0] * (width - len(r.block_table)) for r in requests],
         }
-
-    def _cache_rows(self, start: int, end: int) -> dict[str, torch.Tensor]:
-        if (start, end) not in self._rows:
-            self._rows[start, end] = {name: cache[:, start:end] for name, cache in self.caches.items()}
-        return self._rows[start, end]
 
 
 def _prefill(requests: Sequence[Request]) -> dict[str, Any]:

@@ -20,13 +20,12 @@ from llmc.compiler.options import Options
 from llmc.compiler.pipeline import compile_model
 from llmc.runtime import hostatb
 from llmc.runtime.demo import demo_weights
-from llmc.runtime.engine import rows
 from llmc.runtime.engine.runner import make_caches
 from llmc.runtime.engine.sampling import SamplingParams
 from llmc.runtime.engine.scheduler import Batch
 from llmc.runtime.engine.sequence import Sequence as Request
 from llmc.runtime.hostatb.collective import run_ranks
-from llmc.runtime.hostatb.numeric import format_of, set_format
+from llmc.runtime.hostatb.numeric import format_of
 
 DUO, A2 = "atlas-300i-duo", "atlas-800i-a2"
 # Prompts below, at and over the borders of a cache block and of the mask's triangle (128), and answers that cross them.
@@ -136,8 +135,9 @@ def test_keys_and_values_lie_in_blocks_of_16_columns(attention, world_size, trut
     placed = run_ranks([partial(fill, ours, found) for ours in ranks])
     for rank, (ours, sequences) in enumerate(zip(ranks, placed, strict=True)):
         for kind, expected in (("k", found.keys), ("v", found.values)):
-            caches = ours.runner.blocked.live if ours.runner.blocked else ours.runner.caches
-            cache = next(t for n, t in caches.items() if n.startswith("layers.0.") and n.endswith(f"{kind}_cache"))
+            cache = next(
+                t for n, t in ours.runner.caches.items() if n.startswith("layers.0.") and n.endswith(f"{kind}_cache")
+            )
             assert format_of(cache) == "nz"
             written = torch.zeros_like(cache)
             for row, (sequence, heads) in enumerate(zip(sequences, expected, strict=True)):
@@ -171,25 +171,6 @@ def test_a_sequence_that_moves_to_another_row_takes_its_blocks_with_it(truth_of,
         (4, 0, False), (3, 0, True), (2, 1, True), (1, 0, True),
     ]  # fmt: skip
     assert error(got, found.logits) < 0.01
-
-
-def test_contiguous_caches_need_no_view_of_their_rows(truth_of, tmp_path, monkeypatch):
-    """On an NPU a cast to nz or back is a copy, and so is a range of rows of an nz tensor."""
-    found = truth_of("gqa")
-    (ours,) = bound(found, tmp_path, DUO, 1, attention="flash")
-    expected = ours.logits(found.tokens, LENGTHS)
-    casts = []
-
-    def copied(tensor: Tensor, layout: str = "nd") -> Tensor:
-        casts.append(layout)
-        return set_format(tensor.clone(), layout)
-
-    monkeypatch.setattr(rows, "in_format", copied)
-    monkeypatch.setattr(rows, "plain", copied)
-    (ours,) = bound(found, tmp_path, DUO, 1, attention="flash")
-    assert all(torch.equal(a, b) for a, b in zip(ours.logits(found.tokens, LENGTHS), expected, strict=True))
-    caches, ends = len(ours.runner.caches), len(LENGTHS) - 1
-    assert casts.count("nd") == caches * ends  # only where the batch changes
 
 
 def test_contiguous_caches_have_whole_blocks_of_positions(truth_of, tmp_path):

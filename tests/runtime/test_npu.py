@@ -168,7 +168,6 @@ def test_nz_is_format_29_of_the_vendor_cast(stand_in):
     stand_in("def npu_format_cast(tensor, number): return tensor, number")
     tensor = torch.ones(2)
     assert npu.to_nz(tensor) == (tensor, 29)
-    assert npu.to_nd(tensor) == (tensor, 2)
 
 
 def test_synchronize_waits_for_the_device(stand_in):
