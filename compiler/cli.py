@@ -127,7 +127,7 @@ def make_parser(words: Sequence[str]) -> Parser:
         p.words = words
         if name == command:
             flags(p)
-            if name != "run":  # whose flags are a table that the ranks are started from
+            if "--json" not in p._option_string_actions:  # the commands of the runtime bring their own
                 p.add_argument("--json", action="store_true", help="one JSON object on stdout, also of problems")
         p.set_defaults(run=run, error=p.error)
     return parser

@@ -44,6 +44,7 @@ def add_demo_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache-dir", type=Path, help="where the weights are kept; default LLMC_CACHE or ~/.cache/llmc"
     )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, also of problems")
 
 
 def demo(args: argparse.Namespace) -> int:

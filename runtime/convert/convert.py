@@ -75,6 +75,7 @@ def add_convert_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of the result (default: as stored; GGUF blocks: float16)")
     parser.add_argument("--force", action="store_true", help="replace weights that are already in the output directory")
     parser.add_argument("--quiet", "--no-progress", action="store_true", help="no progress bar")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, also of problems")
 
 
 def run(args: argparse.Namespace) -> int:
