@@ -49,8 +49,15 @@ class Artifact:
 
 
 def default_name(compiled: Compiled) -> str:
+    """`llama2-7b-atlas-800i-a2-float16-paged-tp2`, and behind it each option that makes another artifact of it:
+    `-hccl`, `-fuse-swiglu`, `-fuse-none`, `-segment4`."""
     o = compiled.options
-    return f"{compiled.model.name}-{o.device}-{compiled.dtype}-{o.attention}-tp{o.world_size}"
+    name = f"{compiled.model.name}-{o.device}-{compiled.dtype}-{o.attention}-tp{o.world_size}"
+    if o.backend and o.backend != next(iter(o.target.backends)):
+        name += f"-{o.backend}"
+    if any(set(o.fusions_of(phase)) != set(o.target.fusions[phase]) for phase in PHASES):
+        name += "-".join(["-fuse", *(sorted(set(o.fusions or ())) or ["none"])])
+    return f"{name}-segment{o.layers_per_segment}" if o.layers_per_segment else name
 
 
 def files_of(compiled: Compiled) -> dict[str, str]:

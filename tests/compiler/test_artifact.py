@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -211,3 +214,64 @@ def test_forms_that_another_one_exceeds_are_left_out():
     forms = [{"T": 4, "B": 2}, {"T": 4}, {"B": 3}, {"T": 4, "B": 2}, {"": 1}]
     assert largest(forms) == [{"T": 4, "B": 2}, {"B": 3}, {"": 1}]
     assert evaluate({"": 5, "T": 2, "B*M": 3}, {"T": 10, "B": 2, "M": 4}) == 5 + 20 + 24
+
+
+# ---- default names
+
+# Each option of a compilation with values that may be chosen; the first is the default, or what the default comes to.
+CHOICES = {
+    "device": ["atlas-800i-a2", "atlas-300i-duo", "host"],
+    "dtype": [None, "bfloat16"],
+    "attention": ["paged", "flash"],
+    "world_size": [1, 2],
+    "backend": [None, "lccl", "hccl"],
+    "fusions": [None, (), ("swiglu",), ("swiglu", "add_norm"), ("add_norm", "swiglu"), ("linear_all_reduce",)],
+    "layers_per_segment": [0, 1, 2],
+    "allow_unsupported": [True],  # what is refused, not what is made
+}
+
+
+def test_every_option_is_tried():
+    assert [field.name for field in dataclasses.fields(Options)] == list(CHOICES)
+
+
+def test_artifacts_that_differ_have_different_default_names(tmp_path):
+    """Over choices of all options: one name never stands for two artifacts."""
+    path = tmp_path / "small.yaml"
+    sizes = "{vocab: 96, hidden: 64, ffn: 96, layers: 3, heads: 4, max_positions: 64}"
+    path.write_text(f"extends: families/llama\nname: small\nsizes: {sizes}\n")
+    one_change = [
+        (*(values[0] for values in list(CHOICES.values())[:i]), value, *(v[0] for v in list(CHOICES.values())[i + 1 :]))
+        for i, values in enumerate(CHOICES.values())
+        for value in values
+    ]
+    any_change = random.Random(5).sample(list(itertools.product(*CHOICES.values())), 150)
+    made: dict[str, dict[str, str]] = {}
+    for values in [*one_change, *any_change]:
+        try:
+            compiled = compile_model(str(path), Options(**dict(zip(CHOICES, values, strict=True))))
+        except UserError:  # this device has not that
+            continue
+        files = json.dumps(artifact.files_of(compiled), sort_keys=True)
+        made.setdefault(artifact.default_name(compiled), {}).setdefault(files, str(values))
+    assert {name: list(found.values()) for name, found in made.items() if len(found) > 1} == {}
+    assert len(made) > 60
+
+
+@pytest.mark.parametrize(
+    ("options", "ending"),
+    [
+        ({}, "atlas-800i-a2-float16-paged-tp1"),
+        ({"world_size": 2}, "atlas-800i-a2-float16-paged-tp2"),
+        ({"world_size": 2, "backend": "lccl"}, "atlas-800i-a2-float16-paged-tp2"),  # the device's own
+        ({"world_size": 2, "backend": "hccl"}, "atlas-800i-a2-float16-paged-tp2-hccl"),
+        ({"backend": "hccl"}, "atlas-800i-a2-float16-paged-tp1"),  # one rank has none
+        ({"device": "atlas-300i-duo", "world_size": 2, "backend": "hccl"}, "atlas-300i-duo-float16-paged-tp2"),
+        ({"fusions": ()}, "atlas-800i-a2-float16-paged-tp1-fuse-none"),
+        ({"fusions": ("swiglu", "add_norm")}, "atlas-800i-a2-float16-paged-tp1-fuse-add_norm-swiglu"),
+        ({"layers_per_segment": 4}, "atlas-800i-a2-float16-paged-tp1-segment4"),
+    ],
+)
+def test_a_name_says_only_what_is_not_the_default(options, ending):
+    compiled = compile_model("smollm2-135m", Options(allow_unsupported=True, dtype="float16", **options))
+    assert artifact.default_name(compiled) == f"smollm2-135m-{ending}"
