@@ -227,7 +227,8 @@ CHOICES = {
     "backend": [None, "lccl", "hccl"],
     "fusions": [None, (), ("swiglu",), ("swiglu", "add_norm"), ("add_norm", "swiglu"), ("linear_all_reduce",)],
     "layers_per_segment": [0, 1, 2],
-    "allow_unsupported": [True],  # what is refused, not what is made
+    "allow_unsupported": [True],  # what is refused, not what is made; so the next
+    "allow_extends": [()],
 }
 
 
