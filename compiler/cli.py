@@ -26,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. 0 done, 1 something the user can mend, 2 wrong usage, 130 interrupted."""
     words = sys.argv[1:] if argv is None else list(argv)
     _say_what_can_be_said()
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what may follow
+        from llmc.compiler.completion import complete
+
+        complete(make_parser, COMMANDS)
     command = next((i for i, word in enumerate(words) if not word.startswith("-")), 0)
     if asks_for_json(words[:command]):  # the one flag that may also stand before the command
         words = [*words[command:], "--json"]
