@@ -18,6 +18,7 @@ import torch
 from llmc.compiler.artifact import Artifact
 from llmc.compiler.atb.collective import domain_problem, lccl_port
 from llmc.compiler.diagnostics import UserError
+from llmc.runtime.stream import Mark
 
 
 class Executor:
@@ -49,6 +50,8 @@ class Executor:
             raise UserError(f"comm_domain {comm_domain!r} cannot be used: {why}")
         if hasattr(atb, "use_chip"):  # hostatb obeys the rules of the chip that the artifact was compiled for
             atb.use_chip(self.manifest["chip"])
+        self.queued = Mark(next((tensor.device for tensor in self.tensors.values()), "cpu"))
+        self.inputs: Mapping[str, torch.Tensor] = {}
         ranks = (rank, self.manifest["world_size"], comm_domain, rank_table_file)
         self.phases: dict[str, list[tuple[Any, list[str], list[str], list[str]]]] = {}
         for phase, entry in self.manifest["phases"].items():
@@ -61,18 +64,28 @@ class Executor:
 
     def run(self, phase: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """One step. `inputs`: the phase's inputs by name; a cache given here stands in for the one of that name (flash
-        attention runs on some rows of its caches). Returns logits [B, vocab]."""
+        attention runs on some rows of its caches). Returns logits [B, vocab], which the device may still work on.
+
+        The rule of order: a step begins when everything that the step before it queued has run, on every rank, whether
+        or not anybody read its logits. torch_npu's task queue makes a queued call later, and the call takes its tensors
+        from its Operation then (atb-operations.md 2.1): `forward` on the same object before that would give one step
+        the tensors of the next. Nothing else needs to wait, so copies to the device are queued like calls."""
         if phase not in self.phases:
             raise UserError(f"the artifact has no phase {phase!r}", hint=f"one of {', '.join(self.phases)}")
         missing = [name for name in self.manifest["phases"][phase]["inputs"] if name not in inputs]
         if missing:
             raise UserError(f"{phase} needs the inputs {', '.join(missing)}")
+        self.queued.wait()
+        self.inputs = inputs  # calls that are queued hold addresses, not tensors
         live: dict[str, torch.Tensor] = {**self.tensors, **inputs}
-        for operation, names, outputs, done in self.phases[phase]:
-            results = operation.forward([live[name] for name in names])
-            live.update(zip(outputs, results, strict=True))
-            for name in done:
-                del live[name]
+        try:
+            for operation, names, outputs, done in self.phases[phase]:
+                results = operation.forward([live[name] for name in names])
+                live.update(zip(outputs, results, strict=True))
+                for name in done:
+                    del live[name]
+        finally:
+            self.queued.set()
         return live["logits"].flatten(1)  # ranks' shares stand side by side: [B, W, vocab / W]
 
 

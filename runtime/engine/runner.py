@@ -25,6 +25,7 @@ from llmc.runtime.engine.sequence import Sequence as Request
 from llmc.runtime.formats import in_format
 from llmc.runtime.hostatb.numeric import nd_to_nz
 from llmc.runtime.rope import rope_tables
+from llmc.runtime.stream import Upload
 
 
 class Executes(Protocol):
@@ -117,10 +118,11 @@ class Runner:
         caches: Mapping[str, torch.Tensor],
         device: torch.device | str = "cpu",
     ) -> None:
-        self.manifest, self.executor, self.caches, self.device = manifest, executor, caches, device
+        self.manifest, self.executor, self.caches = manifest, executor, caches
         self.paged = is_paged(manifest)
         self.block_size = block_size(manifest) if self.paged else BLOCK_SIZE
         self.rows = None if self.paged else Rows(caches)
+        self.upload = None if torch.device(device).type == "cpu" else Upload(device)
 
     def run(self, batch: Batch) -> torch.Tensor:
         inputs = self.inputs(batch)
@@ -130,7 +132,7 @@ class Runner:
         return self.executor.run(batch.phase, inputs)
 
     def inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The inputs that the phase lists, by name."""
+        """The inputs that the phase lists, by name: tensors of the host, but for those that a device reads."""
         values = _prefill(batch.sequences) if batch.phase == "prefill" else _decode(batch.sequences)
         if self.paged:
             values |= self._paged(batch.sequences, values["position_ids"], values["seq_len"])
@@ -139,8 +141,9 @@ class Runner:
         for name in self.manifest["phases"][batch.phase]["inputs"]:
             if name not in values:
                 raise UserError(f"the artifact wants the input {name!r}, which this runtime does not make", code="E501")
-            tensor = torch.tensor(values[name], dtype=getattr(torch, facts[name]["dtype"]))
-            result[name] = tensor if facts[name]["host"] else tensor.to(self.device)
+            result[name] = torch.tensor(values[name], dtype=getattr(torch, facts[name]["dtype"]))
+        if self.upload:
+            result |= self.upload({name: tensor for name, tensor in result.items() if not facts[name]["host"]})
         return result
 
     def _paged(self, requests: Sequence[Request], positions: list[int], counts: list[int]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import torch
 from llmc.compiler.diagnostics import UserError
 
 GREEDY_TOP_K = 1
+HOLDS_NAN = -1  # no token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,20 +120,22 @@ class Samples(Protocol):
 
 
 class Sampler:
-    """Chooses one token a row. Greedy rows without penalties are the plain argmax on the logits' device."""
+    """Chooses one token a row. Greedy rows without penalties are the plain argmax, on the logits' device where all are.
+    The device is read once a step: each read waits until it has done all that was asked of it."""
 
     def sample(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> list[int]:
-        best, tokens = logits.max(dim=-1)
-        if bool(best.isnan().any()):  # max gives NaN for a row that holds one
-            row = int(best.isnan().nonzero()[0])
+        scored = [i for i, state in enumerate(states) if not state.params.greedy or state.params.penalised]
+        if scored:
+            logits = logits.cpu()
+        best, tokens = logits.max(dim=-1)  # NaN for a row that holds one
+        chosen: list[int] = tokens.masked_fill(best.isnan(), HOLDS_NAN).tolist()
+        if HOLDS_NAN in chosen:
             raise UserError(
-                f"the logits of row {row} hold NaN",
+                f"the logits of row {chosen.index(HOLDS_NAN)} hold NaN",
                 hint="float16 overflow: try --dtype bfloat16 or float32; else damaged weights",
             )
-        chosen: list[int] = tokens.tolist()
-        for i, state in enumerate(states):
-            if not state.params.greedy or state.params.penalised:
-                chosen[i] = self._sample_row(logits[i].float().cpu(), state)
+        for i in scored:
+            chosen[i] = self._sample_row(logits[i].float(), states[i])
         return chosen
 
     def _sample_row(self, logits: torch.Tensor, state: SamplingState) -> int:

@@ -6,6 +6,8 @@ import dataclasses
 
 import pytest
 import torch
+from device_queue import DeviceQueue, QueuedCopies
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmc.compiler import artifact
 from llmc.compiler.diagnostics import UserError
@@ -13,9 +15,12 @@ from llmc.compiler.options import Options
 from llmc.compiler.pipeline import compile_model
 from llmc.runtime import hostatb
 from llmc.runtime.engine.engine import Engine
-from llmc.runtime.engine.runner import make_caches, make_constants
-from llmc.runtime.engine.sampling import SamplingParams
+from llmc.runtime.engine.runner import Runner, make_caches, make_constants
+from llmc.runtime.engine.sampling import Sampler, SamplingParams
+from llmc.runtime.engine.scheduler import Batch
+from llmc.runtime.engine.sequence import Sequence as Request
 from llmc.runtime.executor import Executor
+from llmc.runtime.stream import Upload
 
 MODEL = """
 extends: families/llama
@@ -110,3 +115,113 @@ def test_a_communicator_that_lccl_would_listen_for_on_no_port_is_refused(built, 
         Executor(two, hostatb, **tensors, comm_domain=domain)
     for good in ("", "0", "55468", "7:200"):
         Executor(two, hostatb, **tensors, comm_domain=good)
+
+
+# The order of steps on a device that works later ----------------------------------------------------------------------
+
+
+class OnRank0:
+    """Reads the logits, and with them all that was queued."""
+
+    def __init__(self, queue: DeviceQueue) -> None:
+        self.queue, self.told = queue, []
+
+    def sample(self, logits, states):
+        self.queue.drain()
+        self.told.append(Sampler().sample(logits, states))
+        return self.told[-1]
+
+
+class OnAnotherRank:
+    """Takes rank 0's tokens, and reads nothing of its device."""
+
+    def __init__(self, told) -> None:
+        self.told = iter(told)
+
+    def sample(self, logits, states):
+        return next(self.told)
+
+
+def generate(engine: Engine) -> list[list[int]]:
+    """Joins, leaves and moves: three prompts on two rows."""
+    params = [SamplingParams(max_tokens=n) for n in (2, 5, 4)]
+    return [output.token_ids for output in engine.generate([[1, 2, 3], [4, 5], [6]], params)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_steps_on_a_device_that_works_later_give_the_numbers_of_one_that_works_at_once(
+    rank, built, tensors, monkeypatch
+):
+    """Inputs are uploaded without waiting, calls are made when the queue comes to them, and only rank 0 reads."""
+    truth = {name: cache.clone() for name, cache in tensors["caches"].items()}
+    plain = Executor(built, hostatb, **{**tensors, "caches": truth})
+    expected = generate(Engine(built.manifest, plain, None, caches=truth, max_batch=2))
+
+    queue = DeviceQueue(monkeypatch)
+    told = []
+    for turn in range(rank + 1):  # rank 0's tokens come first
+        caches = {name: torch.zeros_like(cache) for name, cache in truth.items()}
+        executor = Executor(built, queue.atb, **{**tensors, "caches": caches})
+        sampler = OnAnotherRank(told) if turn else OnRank0(queue)
+        engine = Engine(built.manifest, executor, None, caches=caches, max_batch=2, sampler=sampler)
+        engine.runner.upload = Upload("cpu")
+        with QueuedCopies(queue) as copies:
+            assert generate(engine) == expected
+        assert copies.count == len(engine.steps)
+        told = getattr(sampler, "told", told)
+    queue.drain()
+    assert all(torch.equal(caches[name], cache) for name, cache in truth.items())
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["waits", "does_not_wait"])
+def test_a_step_waits_for_the_calls_of_the_one_before_it(kept, built, tensors, monkeypatch):
+    """Two steps of one phase whose logits nobody reads in between, which is what a rank other than 0 does."""
+    steps = two_steps(built, tensors)
+    expected = [Executor(built, hostatb, **tensors).run("prefill", inputs) for inputs in steps]
+    queue = DeviceQueue(monkeypatch)
+    executor = Executor(built, queue.atb, **tensors)
+    if not kept:
+        executor.queued.wait = lambda: None
+    found = [executor.run("prefill", inputs) for inputs in steps]
+    queue.drain()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) == kept
+
+
+def test_a_step_waits_for_what_a_failed_one_queued(built, tensors, monkeypatch):
+    steps = two_steps(built, tensors)
+    queue = DeviceQueue(monkeypatch)
+    executor = Executor(built, queue.atb, **tensors)
+    segments = executor.phases["prefill"]
+    executor.phases["prefill"] = [*segments, (None, [], [], [])]
+    with pytest.raises(AttributeError):
+        executor.run("prefill", steps[0])
+    queued = len(queue.calls)
+    assert (queued > 0, queue.done) == (True, 0)
+    executor.phases["prefill"] = segments
+    executor.run("prefill", steps[1])
+    assert queue.done == queued
+
+
+def two_steps(built, tensors) -> list[dict[str, torch.Tensor]]:
+    runner, inputs = Runner(built.manifest, None, tensors["caches"]), []
+    for tokens in ([1, 2], [3, 4]):
+        request = Request(prompt_ids=tokens, params=SamplingParams(), block_table=[0])
+        inputs.append(runner.inputs(Batch(phase="prefill", sequences=(request,))))
+        if runner.rows:
+            inputs[-1] |= runner.rows.of(0, 1)
+    return inputs
+
+
+def test_on_a_host_inputs_are_made_and_not_copied(built, tensors):
+    class Copies(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += "copy" in func.name()
+            return func(*args, **(kwargs or {}))
+
+    runner = Runner(built.manifest, None, tensors["caches"])
+    with Copies() as copies:
+        request = Request(prompt_ids=[1], params=SamplingParams(), block_table=[0])
+        runner.inputs(Batch(phase="decode", sequences=(request,)))
+    assert copies.count == 0

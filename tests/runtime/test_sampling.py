@@ -175,3 +175,58 @@ def test_all_problems_are_told_at_once():
 def test_stop_must_be_strings(stop):
     with pytest.raises(UserError, match="stop must be"):
         SamplingParams(stop=stop)
+
+
+class OnDevice(torch.Tensor):
+    """A tensor of the host that counts how often it, or what was computed from it, is read."""
+
+    reads = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name not in (
+            "cpu",
+            "tolist",
+            "item",
+            "numpy",
+            "__bool__",
+            "__int__",
+            "__index__",
+            "__float__",
+            "__contains__",
+        ):
+            return super().__torch_function__(func, types, args, kwargs or {})
+        OnDevice.reads += 1
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **(kwargs or {}))
+        return found.as_subclass(torch.Tensor) if isinstance(found, torch.Tensor) else found
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        [SamplingParams()] * 4,
+        [SamplingParams(top_k=0, seed=3)] * 4,
+        [SamplingParams(), SamplingParams(top_k=0, top_p=0.9, seed=5), SamplingParams(repetition_penalty=1.5)],
+        [SamplingParams(presence_penalty=1.0), SamplingParams()],
+    ],
+    ids=["greedy", "sampled", "mixed", "penalised"],
+)
+def test_a_step_reads_the_device_once(params, monkeypatch):
+    monkeypatch.setattr(OnDevice, "reads", 0)
+    logits = logits_of(4, rows=len(params))
+    tokens = Sampler().sample(logits.as_subclass(OnDevice), [Row(each) for each in params])
+    assert OnDevice.reads == 1
+    assert all(type(token) is int for token in tokens)
+    assert tokens == Sampler().sample(logits, [Row(each) for each in params])
+
+
+@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(top_k=0, seed=1)])
+def test_nan_is_found_in_the_same_read(params, monkeypatch):
+    monkeypatch.setattr(OnDevice, "reads", 0)
+    logits = logits_of(4, rows=3)
+    logits[2, 7] = torch.nan
+    with pytest.raises(UserError, match="row 2 hold NaN"):
+        Sampler().sample(logits.as_subclass(OnDevice), [Row(params)] * 3)
+    assert OnDevice.reads == 1
