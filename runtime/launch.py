@@ -42,6 +42,7 @@ def launch(words: Sequence[str], *, world_size: int) -> int:
     settings = {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // world_size))),
         LAUNCHER: str(os.getpid()),
+        "PYTHONSAFEPATH": "1",  # `-m` would import from the current directory, which may be a checkpoint's
     }
     # The agent's store: the system chooses a free port, so that two runs on one host have two.
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False, multi_tenant=True)

@@ -224,7 +224,7 @@ def _json_prompt(line: str, place: str) -> Prompt:
     """A string, token ids, a conversation, or an object with one of them as messages, prompt, text, ..."""
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place} is not JSON: {error}") from None
     if isinstance(value, dict):
         value = next(

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from llmc.compiler.checkpoint_files import indexed_files, nature, present
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.formats import in_format
 
@@ -182,9 +183,9 @@ def weight_files(model_path: Path) -> list[Path]:
     """The index's files, else model.safetensors, else every *.safetensors of the directory."""
     check_directory(model_path)
     index = model_path / "model.safetensors.index.json"
-    if index.exists():
+    if present(index, code="E503"):
         return _indexed(index)
-    if (model_path / "model.safetensors").exists():
+    if present(model_path / "model.safetensors", code="E503"):
         return [model_path / "model.safetensors"]
     files = sorted(p for p in model_path.glob("*.safetensors") if not p.name.startswith("."))
     if files:
@@ -220,17 +221,8 @@ def check_directory(model_path: Path) -> None:
 
 
 def _indexed(index: Path) -> list[Path]:
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = error if isinstance(error, (OSError, ValueError)) else "it has no weight_map of names"
-        raise UserError(f"{index} cannot be read: {why}", code="E503") from None
-    # A file elsewhere is never what a download wrote.
-    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if strange:
-        raise UserError(f"{index}: {strange[0]!r} is not the name of a file beside it", code="E503")
-    files = [index.parent / name for name in sorted(set(names))]
-    missing = [file.name for file in files if not file.is_file()]
+    files = indexed_files(index, ".safetensors", code="E503")
+    missing = [file.name for file in files if not present(file, code="E503")]
     if missing:
         raise UserError(
             f"{index} names {len(files)} files, and {len(missing)} of them are missing: {', '.join(missing)}",
@@ -242,6 +234,7 @@ def _indexed(index: Path) -> list[Path]:
 
 def read_header(file: Path) -> dict[str, Stored]:
     """The tensors of one file; safetensors compares what the header says with the file's length."""
+    present(file, code="E503")
     with opened(file) as reader:
         slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (not a mapping)
         return {
@@ -254,12 +247,11 @@ def read_header(file: Path) -> dict[str, Stored]:
 def opened(file: Path) -> Iterator[Any]:
     """The file as safetensors reads it; UserError for what it refuses."""
     try:
-        with file.open("rb") as stream:
-            if stream.read(8) == b"version ":
-                raise _damaged(file, "it is a Git LFS pointer, not the weights", hint="git lfs pull")
         with safe_open(file, framework="pt") as reader:
             yield reader
     except SafetensorError as error:
+        if file.stat().st_size and (other := nature(file, binary=True)):
+            raise _damaged(file, f"it is {other[0]}", hint=other[1]) from None
         raise _damaged(file, f"safetensors says {error} ({file.stat().st_size} bytes)") from None
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}", code="E503") from None

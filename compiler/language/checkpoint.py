@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from llmc.compiler.checkpoint_files import read_object
 from llmc.compiler.diagnostics import Diagnostic, DiagnosticError, Place, UserError
 from llmc.compiler.language.build import Model
 from llmc.compiler.language.definitions import MODEL_NAME, SCALINGS, Language, Rule
@@ -38,15 +39,10 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = os.fspath(path)
     file = os.path.join(path, "config.json") if os.path.isdir(path) else path
     try:
-        with open(file, encoding="utf-8") as stream:
-            config = json.load(stream)
-    except (OSError, ValueError, RecursionError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        hint = "--model-path names a directory with config.json and safetensors files"
-        raise UserError(f"cannot read {file!r}: {why}", hint=hint, code="E502") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file!r} is not the configuration of a model: it holds no object", code="E502")
-    return config
+        return read_object(file, code="E502")
+    except UserError as error:
+        hint = error.hint or "--model-path names a directory with config.json and safetensors files"
+        raise UserError(f"cannot read the configuration of a model: {error.message}", hint=hint, code="E502") from None
 
 
 def check_config(model: Model, config: Mapping[str, Any], config_path: str = "config.json") -> None:

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmc.compiler.checkpoint_files import nature, present
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.target.device import DTYPES
 from llmc.runtime.convert.gguf import plan_gguf
@@ -122,16 +123,19 @@ def convert(
 
 
 def _plan(source: Path, dtype: str | None, max_shard_bytes: int) -> Plan:
-    if not source.exists():
+    if not os.path.lexists(source):
         raise UserError(f"{source}: no such file or directory; convert reads a directory with .bin weights, or a .gguf")
     if source.is_dir():
         return plan_bin(source, dtype)
+    present(source)
     with source.open("rb") as file:
         magic = file.read(4)
     if magic == b"GGUF":
         return plan_gguf(source, dtype, max_shard_bytes)
     if source.suffix == ".bin":
         raise UserError(f"{source} is one file of a checkpoint", hint=f"convert its directory: {source.parent}")
+    if other := nature(source, binary=True):
+        raise UserError(f"{source} is not a GGUF file: it is {other[0]}", hint=other[1])
     raise UserError(f"{source} is not a GGUF file: it starts with {magic!r}, not b'GGUF'")
 
 
@@ -195,7 +199,7 @@ def _identity(plan: Plan) -> dict[str, Any]:
 def _finished(plan: Plan, target: Path, in_place: bool, force: bool) -> dict[str, dict[str, Any]]:
     """Files that an interrupted run of the same conversion completed, verified by size and hash."""
     progress_file = target / PROGRESS_FILE
-    if not progress_file.exists():
+    if not present(progress_file):
         taken = [n for n in (*plan.files, INDEX_FILE) if (target / n).exists()] if in_place else _names(target)
         if taken and not force:
             raise UserError(
@@ -205,9 +209,13 @@ def _finished(plan: Plan, target: Path, in_place: bool, force: bool) -> dict[str
         return {}
     try:
         record = json.loads(progress_file.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         record = {}
-    if not isinstance(record, dict) or any(record.get(key) != value for key, value in _identity(plan).items()):
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("finished"), dict)
+        or any(record.get(key) != value for key, value in _identity(plan).items())
+    ):
         if not force:
             raise UserError(
                 f"{target} holds an unfinished conversion of another source, or with other settings ({PROGRESS_FILE})",
@@ -215,9 +223,9 @@ def _finished(plan: Plan, target: Path, in_place: bool, force: bool) -> dict[str
             )
         return {}
     finished = {}
-    for name, entry in record.get("finished", {}).items():
+    for name, entry in record["finished"].items():
         for path in (target / f"{name}.partial", target / name):
-            if name in plan.files and path.exists() and _is_intact(path, entry):
+            if name in plan.files and isinstance(entry, dict) and present(path) and _is_intact(path, entry):
                 finished[name] = entry
                 break
     return finished
@@ -274,6 +282,7 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
 
     digest = hashlib.sha256()
+    path.unlink(missing_ok=True)  # never through a link that came with a checkpoint
     with path.open("wb") as file:
         for piece in (len(text).to_bytes(8, "little"), text):
             digest.update(piece)

@@ -11,21 +11,23 @@ directory of this architecture cannot say is refused, never dropped.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import re
 import struct
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmc.compiler.checkpoint_files import present
 from llmc.compiler.diagnostics import UserError
+from llmc.runtime.convert.gguf_file import Damaged, StoredTensor, read
 from llmc.runtime.convert.plan import Plan, Tensor, write_json
+from llmc.runtime.foreign import alone, no_questions
 
 if TYPE_CHECKING:
-    import gguf
     import numpy
     import torch
 
@@ -68,6 +70,7 @@ REFUSED_KEYS: Mapping[str, Any] = {
 # resulting factors; they are recomputed from these and must agree (source: config.json of those models).
 LLAMA3_ROPE = (1.0, 4.0, 8192)
 
+MAX_FLOAT32 = 3.4028234663852886e38
 CHUNK_VALUES = 1 << 22  # values dequantised at once: 16 MiB of float32
 
 
@@ -77,7 +80,7 @@ class Header:
 
     path: Path
     meta: Mapping[str, Any]
-    tensors: Mapping[str, gguf.ReaderTensor]
+    tensors: Mapping[str, StoredTensor]
     architecture: str
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -85,8 +88,10 @@ class Header:
         value = self.meta.get(f"{self.architecture}.{key}", default)
         if not isinstance(value, list):
             return value
-        if len(set(value)) != 1:
-            raise UserError(f"{self.path}: {key} differs between layers ({value}); a LlamaConfig has one for all")
+        if not value or any(item != value[0] for item in value):
+            raise UserError(
+                f"{self.path}: {key} differs between layers ({str(value)[:60]}); a LlamaConfig has one for all"
+            )
         return value[0]
 
     def number(self, key: str, kind: type[int] | type[float], default: Any = None) -> Any:
@@ -94,14 +99,29 @@ class Header:
         if (value := self.get(key, default)) is None:
             raise UserError(f"{self.path}: the header has no {self.architecture}.{key}")
         if type(value) is not kind or not 0 < value < math.inf:
-            raise UserError(f"{self.path}: {self.architecture}.{key} is {value!r}; expected a positive {kind.__name__}")
+            raise UserError(
+                f"{self.path}: {self.architecture}.{key} is {value!r:.60}; expected a positive {kind.__name__}"
+            )
         return value
 
     def token_id(self, name: str) -> int | None:
         """`tokenizer.ggml.NAME_token_id`, if the file has it."""
         value = self.meta.get(f"tokenizer.ggml.{name}_token_id")
         if value is not None and type(value) is not int:
-            raise UserError(f"{self.path}: tokenizer.ggml.{name}_token_id is {value!r}; expected a number")
+            raise UserError(f"{self.path}: tokenizer.ggml.{name}_token_id is {value!r:.60}; expected a number")
+        return value
+
+    def text(self, key: str) -> str:
+        """A key of the whole file that is text; "" where it has none."""
+        if not isinstance(value := self.meta.get(key, ""), str):
+            raise UserError(f"{self.path}: {key} is {str(value)[:60]}; expected text")
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        """Likewise a list of texts."""
+        value = self.meta.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            raise UserError(f"{self.path}: {key} is {str(value)[:60]}; expected a list of texts")
         return value
 
 
@@ -128,31 +148,26 @@ def plan_gguf(source: Path, dtype: str | None, max_shard_bytes: int) -> Plan:
 def read_header(path: Path) -> Header:
     """Metadata and tensor table; values stay in the file, which is mapped."""
     try:
-        import gguf
+        importlib.import_module("gguf")
     except ImportError as error:
         raise UserError("reading GGUF needs the gguf package", hint="pip install 'llmc[convert]'") from error
+    present(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # numpy overflow warnings on damaged offsets; the error below says it
-            reader = gguf.GGUFReader(path)
-            meta = {key: field.contents() for key, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError) as error:
-        size = path.stat().st_size
+        meta, tensors = read(path)
+    except Damaged as error:
         raise UserError(
-            f"{path} is damaged, cut off ({size} bytes) or of an unknown GGUF version: {error}",
+            f"{path} is damaged, cut off ({path.stat().st_size} bytes) or of an unknown GGUF version: {error}",
             hint="download it again",
-        ) from error
-    if reader.byte_order == "S":
-        raise UserError(f"{path} is a big-endian GGUF; only little-endian files are read")
+        ) from None
     if (parts := meta.get("split.count", 0)) not in (0, 1):
-        raise UserError(f"{path} is one of {parts} parts", hint="join them first: llama-gguf-split --merge")
+        raise UserError(f"{path} is one of {parts!s:.60} parts", hint="join them first: llama-gguf-split --merge")
     architecture = str(meta.get("general.architecture", ""))
     if architecture not in ARCHITECTURES:
         raise UserError(
-            f"{path}: architecture {architecture!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}",
+            f"{path}: architecture {architecture!r:.60} is not supported; supported: {', '.join(ARCHITECTURES)}",
             hint="get the checkpoint as safetensors: those need no conversion",
         )
-    return Header(path=path, meta=meta, tensors={t.name: t for t in reader.tensors}, architecture=architecture)
+    return Header(path=path, meta=meta, tensors=tensors, architecture=architecture)
 
 
 # Config
@@ -162,14 +177,18 @@ def config_of(header: Header) -> dict[str, Any]:
     """The `config.json` that this header describes, without `torch_dtype`."""
     for key, off in REFUSED_KEYS.items():
         if (value := header.get(key)) is not None and value != off:
-            raise UserError(f"{header.path}: {header.architecture}.{key} is {value}; a LlamaConfig cannot say this")
+            raise UserError(
+                f"{header.path}: {header.architecture}.{key} is {value!s:.60}; a LlamaConfig cannot say this"
+            )
     hidden, heads = header.number("embedding_length", int), header.number("attention.head_count", int)
     head_dim = header.number("attention.key_length", int, max(hidden // heads, 1))
     for key in ("rope.dimension_count", "attention.value_length"):
         if (found := header.get(key, head_dim)) != head_dim:
             raise UserError(
-                f"{header.path}: {key} is {found}, but heads have {head_dim} values; llama needs them equal"
+                f"{header.path}: {key} is {found!s:.60}, but heads have {head_dim} values; llama needs them equal"
             )
+    if head_dim % 2:
+        raise UserError(f"{header.path}: heads have {head_dim} values; rope turns them in pairs")
     if "token_embd.weight" not in header.tensors:
         raise UserError(f"{header.path} has no token_embd.weight: it holds no model, or only its vocabulary")
 
@@ -208,6 +227,8 @@ def config_of(header: Header) -> dict[str, Any]:
 
 def shortest(value: float) -> float:
     """The shortest decimal with the same float32: GGUF holds 1e-05 as 9.999999747378752e-06."""
+    if abs(value) > MAX_FLOAT32:
+        return value
     for digits in range(1, 10):
         short = float(f"{value:.{digits}g}")
         if struct.pack("f", short) == struct.pack("f", value):
@@ -240,19 +261,28 @@ def _rope_scaling(header: Header, config: Mapping[str, Any]) -> dict[str, Any] |
         # llama.cpp multiplies these into its own attention factor; Hugging Face's attention_factor replaces it.
         for key, off in (("attn_factor", 1.0), ("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0)):
             if (value := header.get(f"rope.scaling.{key}", off)) != off:
-                raise UserError(f"{header.path}: rope.scaling.{key} is {value}; only {off} has a meaning for llama")
+                raise UserError(
+                    f"{header.path}: rope.scaling.{key} is {value!s:.60}; only {off} has a meaning for llama"
+                )
         scaling = {"rope_type": "yarn", "factor": shortest(factor), "original_max_position_embeddings": original}
         for key in ("beta_fast", "beta_slow"):
             if header.get(f"rope.scaling.yarn_{key}") is not None:
                 scaling[key] = shortest(header.number(f"rope.scaling.yarn_{key}", float))
         return scaling
     if kind != "none":
-        raise UserError(f"{header.path}: rope scaling {kind!r} is not supported; supported: none, linear, yarn, llama3")
+        raise UserError(
+            f"{header.path}: rope scaling {kind!r:.60} is not supported; supported: none, linear, yarn, llama3"
+        )
     if "rope_freqs.weight" not in header.tensors:
         return None
     import numpy
 
     factors = numpy.asarray(header.tensors["rope_freqs.weight"].data, dtype=numpy.float64)
+    if factors.shape != (config["head_dim"] // 2,) or not (0 < factors.min() <= factors.max() < math.inf):
+        raise UserError(
+            f"{header.path}: the table rope_freqs must hold {config['head_dim'] // 2} positive numbers, one for each "
+            f"pair of values of a head; its shape is {list(factors.shape)}"
+        )
     return _llama3(header.path, factors.tolist(), config, original)
 
 
@@ -267,7 +297,7 @@ def _llama3(path: Path, found: Sequence[float], config: Mapping[str, Any], old: 
         waves = old * config["rope_theta"] ** (-2 * i / dim) / (2 * math.pi)  # wavelengths in the original context
         smooth = min(max((waves - low) / (high - low), 0.0), 1.0)
         expected.append(1 / ((1 - smooth) / factor + smooth))
-    if len(found) != len(expected) or any(abs(a - b) > 1e-5 * b for a, b in zip(found, expected, strict=True)):
+    if any(abs(a - b) > 1e-5 * b for a, b in zip(found, expected, strict=True)):
         raise UserError(
             f"{path}: the table rope_freqs is not Llama 3.1's rule with low_freq_factor {low:g}, "
             f"high_freq_factor {high:g}, original_max_position_embeddings {old}; its settings are unknown"
@@ -375,7 +405,7 @@ def _rows_of(name: str, shape: tuple[int, ...], heads: Mapping[str, int]) -> num
     return None
 
 
-def _reader(tensor: gguf.ReaderTensor, dtype: str, order: numpy.ndarray | None) -> Callable[[], Iterator[torch.Tensor]]:
+def _reader(tensor: StoredTensor, dtype: str, order: numpy.ndarray | None) -> Callable[[], Iterator[torch.Tensor]]:
     def chunks() -> Iterator[torch.Tensor]:
         import gguf
         import torch
@@ -412,8 +442,7 @@ def _tokenizer_files(header: Header, config: Mapping[str, Any]) -> tuple[list[st
 
     The tokenizer is built here, before any weight is written: a vocabulary that cannot be converted stops early.
     """
-    meta = header.meta
-    tokens = meta.get("tokenizer.ggml.tokens", [])
+    tokens = header.texts("tokenizer.ggml.tokens")
     stop = [header.token_id(key) for key in ("eos", "eot", "eom")]
     eos = list(dict.fromkeys(token for token in stop if token is not None))
     generation = {
@@ -438,7 +467,7 @@ def _tokenizer_files(header: Header, config: Mapping[str, Any]) -> tuple[list[st
         "clean_up_tokenization_spaces": False,
         **special,
     }
-    if template := meta.get("tokenizer.chat_template"):
+    if template := header.text("tokenizer.chat_template"):
         settings["chat_template"] = template
 
     def write(target: Path) -> None:
@@ -464,17 +493,19 @@ def _tokenizer_json(header: Header) -> tuple[list[str], str]:
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
     kind, pre = header.meta.get("tokenizer.ggml.model"), header.meta.get("tokenizer.ggml.pre")
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    transformers_logging.set_verbosity_error()
-    try:
-        loaded = AutoTokenizer.from_pretrained(
-            str(header.path.absolute().parent), gguf_file=header.path.name, local_files_only=True
-        )
-    except Exception as error:  # whatever transformers raises on a vocabulary that it cannot convert
-        raise UserError(f"{header.path}: transformers cannot convert the tokenizer {kind!r}: {error}") from error
-    finally:
-        logger.setLevel(level)
+    with alone(header.path) as path, no_questions():
+        logger = logging.getLogger("transformers")
+        level = logger.level
+        transformers_logging.set_verbosity_error()
+        try:
+            loaded = AutoTokenizer.from_pretrained(
+                str(path.parent), gguf_file=path.name, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # whatever transformers raises on a vocabulary that it cannot convert
+            why = str(error)[:300]
+            raise UserError(f"{header.path}: transformers cannot convert the tokenizer {kind!r:.60}: {why}") from None
+        finally:
+            logger.setLevel(level)
     tokenizer = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     notes = []
     if kind == "llama":

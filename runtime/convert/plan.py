@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmc.compiler.diagnostics import UserError
-
 if TYPE_CHECKING:
     import torch
 
@@ -64,16 +62,9 @@ class Plan:
     warnings: tuple[str, ...] = ()
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file of a checkpoint, or a UserError that names it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # includes UnicodeDecodeError
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-
-
 def write_json(path: Path, value: Any) -> None:
     """Atomic: the file is there complete, or not at all."""
     partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)  # never through a link that came with a checkpoint
     partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)

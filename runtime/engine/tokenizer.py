@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from llmc.compiler.checkpoint_files import nature, present, read_object, read_text
 from llmc.compiler.diagnostics import UserError
+from llmc.runtime.engine.chat import render_chat
+from llmc.runtime.foreign import alone, no_questions
 
 REPLACEMENT = "\ufffd"  # what decoders print for bytes that are not yet, or never, a character
 
@@ -55,8 +59,15 @@ class Tokenizer:
         source = template or self.template
         if source is None:
             raise UserError("the checkpoint has no chat template", hint="--chat-template FILE, or leave out --chat")
-        values = {"messages": list(messages), "add_generation_prompt": True, **self.tokens, **more}
-        return render_chat(source, values)
+        chat = [_message(message) for message in messages]
+        return render_chat(source, {"messages": chat, "add_generation_prompt": True, **self.tokens, **more})
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """As transformers gives it to a template: a key without a value is absent, reasoning has the names of all."""
+    said = {key: value for key, value in message.items() if value is not None}
+    thought = next((said[key] for key in ("reasoning_content", "thinking", "reasoning") if key in said), None)
+    return said if thought is None else {"thinking": thought, **said, "reasoning_content": thought}
 
 
 class TextStream:
@@ -117,78 +128,125 @@ def _overlap(text: str, stop: str) -> int:
 def load_tokenizer(path: Path | str) -> Tokenizer:
     path = Path(path)
     config = _json(path / "tokenizer_config.json")
-    if (path / "tokenizer.json").exists():
-        encode, decode, id_of, special = _fast(path)
-    elif (path / "tokenizer.model").exists():
-        encode, decode, id_of, special = _sentencepiece(path)
+    if present(path / "tokenizer.json"):
+        encode, decode, id_of, special = _fast(path / "tokenizer.json")
+    elif present(path / "tokenizer.model"):
+        encode, decode, id_of, special = _sentencepiece(path, config)
     else:
         raise UserError(f"{path} holds neither tokenizer.json nor tokenizer.model", hint="--input-ids needs none")
     tokens = _special_tokens(path, config)
-    eos = set(eos_ids(path))
-    eos |= {i for i in [id_of(tokens["eos_token"])] if i is not None} if "eos_token" in tokens else set()
-    bos = _stated(path, "bos_token_id")
-    bos_id = id_of(tokens["bos_token"]) if "bos_token" in tokens else None
+    named = {key: id_of(tokens[key]) for key in ("bos_token", "eos_token") if key in tokens}
+    bos, eos = named.get("bos_token"), named.get("eos_token")
     return Tokenizer(
         encode=encode,
         decode=decode,
         special_ids=special,
-        bos_id=bos_id if bos_id is not None else next(iter(bos), None),
-        eos_ids=frozenset(eos),
+        bos_id=bos if bos is not None else next(iter(_stated(path, "bos_token_id")), None),
+        eos_ids=eos_ids(path) or frozenset([] if eos is None else [eos]),
         template=_template(path, config),
         tokens=tokens,
     )
 
 
 def eos_ids(path: Path) -> frozenset[int]:
-    """Tokens that end an answer, as far as the checkpoint's two configurations say; no tokenizer is read."""
+    """Tokens that end an answer, as far as the checkpoint's configurations say; no tokenizer is read."""
     return frozenset(_stated(path, "eos_token_id"))
 
 
 def _stated(path: Path, key: str) -> list[int]:
-    files = (path / "generation_config.json", path / "config.json")
-    return [i for file in files for i in _ids(_json(file).get(key), file)]
+    """As in transformers (GenerationMixin.adjust_generation_fn): config.json counts only where there is no
+    generation_config.json, also if that is silent."""
+    for file in (path / "generation_config.json", path / "config.json"):
+        if present(file):
+            return _ids(read_object(file).get(key), file)
+    return []
 
 
-def _fast(path: Path) -> tuple[Any, Any, Any, frozenset[int]]:
+def _fast(file: Path) -> tuple[Any, Any, Any, frozenset[int]]:
     from tokenizers import Tokenizer as Fast
 
-    try:
-        fast = Fast.from_file(str(path / "tokenizer.json"))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path / 'tokenizer.json'} cannot be read: {error}") from None
-    fast.no_padding()
-    fast.no_truncation()
+    with _told(file):
+        fast = Fast.from_file(str(file))
+        fast.no_padding()
+        fast.no_truncation()
+        special = {i for i, token in fast.get_added_tokens_decoder().items() if token.special}
 
     def encode(text: str, special: bool) -> list[int]:
         # The post-processor of tokenizer.json says which tokens are added; like transformers 5, this ignores
         # add_bos_token and add_eos_token of tokenizer_config.json beside it.
-        return list(fast.encode(text, add_special_tokens=special).ids)
+        with _told(file):
+            return list(fast.encode(text, add_special_tokens=special).ids)
 
-    special = {i for i, token in fast.get_added_tokens_decoder().items() if token.special}
-    return encode, lambda ids: fast.decode(ids, skip_special_tokens=False), fast.token_to_id, frozenset(special)
+    def decode(ids: list[int]) -> str:
+        with _told(file):
+            return fast.decode(ids, skip_special_tokens=False)
+
+    return encode, decode, fast.token_to_id, frozenset(special)
 
 
-def _sentencepiece(path: Path) -> tuple[Any, Any, Any, frozenset[int]]:
+@contextmanager
+def _told(file: Path) -> Iterator[None]:
+    """What a library says of a file that it cannot use, as one message. Rust's panics are no `Exception`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if other := nature(file):
+            raise UserError(f"{file} is {other[0]}", hint=other[1]) from None
+        raise UserError(f"{file} cannot be read: {str(error)[:300] or type(error).__name__}") from None
+
+
+def _sentencepiece(path: Path, config: Mapping[str, Any]) -> tuple[Any, Any, Any, frozenset[int]]:
+    file, model = path / "tokenizer.model", _json(path / "config.json")
+    for settings, name in ((config, "tokenizer_config.json"), (model, "config.json")):
+        found = settings.get("auto_map")
+        own = found.get("AutoTokenizer") if isinstance(found, Mapping) else found
+        if own and (name != "config.json" or isinstance(found, Mapping)):
+            raise UserError(
+                f"{path / name}: the tokenizer is Python code that comes with the checkpoint ({str(own)[:80]}), and "
+                "such code is never run",
+                hint="get the checkpoint with a tokenizer.json, or give token ids (--input-ids)",
+            )
+    if other := nature(file):
+        raise UserError(f"{file} is {other[0]}", hint=other[1])
     try:
         for package in ("sentencepiece", "google.protobuf"):  # transformers asks for tiktoken where one is missing
             importlib.import_module(package)
-        from transformers import AutoTokenizer
-
-        slow = AutoTokenizer.from_pretrained(str(path))
+        import transformers
     except ImportError as error:
         raise UserError(
             f"{path} has tokenizer.model but no tokenizer.json, and reading it needs transformers, sentencepiece and "
             f"protobuf ({error})",
             hint="pip install 'llmc[convert]'",
         ) from None
-    except Exception as error:  # transformers raises many kinds for a damaged file
-        raise UserError(f"{path / 'tokenizer.model'} cannot be read: {error}") from None
+    named = config.get("tokenizer_class") or model.get("tokenizer_class")
+    if named is not None and not _is_tokenizer(transformers, named):
+        raise UserError(f"{path}: transformers has no tokenizer of the tokenizer_class {str(named)[:80]!r}")
+    small = [path / name for name in ("special_tokens_map.json", "added_tokens.json")]
+    with alone(file, *filter(present, small)) as link, no_questions(), _told(file):
+        about = {"model_type": str(model.get("model_type", "llama"))} | ({"tokenizer_class": named} if named else {})
+        kept = {key: value for key, value in config.items() if key not in ("auto_map", "chat_template")}
+        (link.parent / "config.json").write_text(json.dumps(about))
+        (link.parent / "tokenizer_config.json").write_text(json.dumps(kept))
+        slow = transformers.AutoTokenizer.from_pretrained(
+            str(link.parent), local_files_only=True, trust_remote_code=False
+        )
     return (
         lambda text, special: list(slow.encode(text, add_special_tokens=special)),
         lambda ids: slow.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
         slow.convert_tokens_to_ids,
         frozenset(slow.all_special_ids),
     )
+
+
+def _is_tokenizer(transformers: ModuleType, name: Any) -> bool:
+    """Not every class of this name is one: AutoProcessor would look for code again."""
+    names = (name, name.removesuffix("Fast"), f"{name}Fast") if isinstance(name, str) else ()
+    found = [getattr(transformers, name, None) for name in names]
+    return any(isinstance(c, type) and issubclass(c, transformers.PreTrainedTokenizerBase) for c in found)
 
 
 def _special_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -201,14 +259,11 @@ def _special_tokens(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
 def _template(path: Path, config: Mapping[str, Any]) -> str | None:
     """A file of its own wins; a list of named templates gives the one called default."""
     file = path / "chat_template.jinja"
-    if file.exists():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read: {error}") from None
+    if present(file):
+        return read_text(file)
     found = _json(path / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(found, list):
-        named = {e.get("name"): e.get("template") for e in found if isinstance(e, dict)}
+        named = {e["name"]: e.get("template") for e in found if isinstance(e, dict) and isinstance(e.get("name"), str)}
         found = named.get("default") or next(iter(named.values()), None)
     if found is not None and not isinstance(found, str):
         raise UserError(f"the chat_template of {path} must be text, or a list of named texts; found {str(found)[:60]}")
@@ -224,51 +279,4 @@ def _ids(value: Any, file: Path) -> list[int]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object; found {type(value).__name__}")
-    return value
-
-
-# ---- chat templates
-
-
-def render_chat(template: str, values: Mapping[str, Any]) -> str:
-    """Jinja in its sandbox, with the helpers that chat templates of the Hub expect. Templates are foreign code."""
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %} ... {% endgeneration %} marks the answers for training; here it is its content."""
-
-        tags = {"generation"}  # noqa: RUF012  jinja reads a set on the class
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return jinja2.nodes.Scope(body).set_lineno(line)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: Any, ensure_ascii: bool = False, **more: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **more)  # jinja's own escapes HTML
-
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    env.filters["tojson"] = tojson
-    env.globals["raise_exception"] = raise_exception
-    env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return env.from_string(template).render(**values)
-    except jinja2.TemplateError as error:
-        raise UserError(
-            f"the chat template refuses these messages: {error}", hint="--chat-template, or no --chat"
-        ) from None
-    except (TypeError, ValueError, KeyError, ZeroDivisionError, OverflowError) as error:
-        raise UserError(f"the chat template fails: {type(error).__name__}: {error}") from None
+    return read_object(path) if present(path) else {}

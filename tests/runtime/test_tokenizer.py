@@ -61,10 +61,11 @@ MAKERS = {"byte-level": byte_level, "llama": llama_style}
 @pytest.fixture(scope="module", params=MAKERS)
 def checkpoint(request, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp(request.param)
-    MAKERS[request.param]().save(str(path / "tokenizer.json"))
+    fast = MAKERS[request.param]()
+    fast.save(str(path / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
-    (path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2, "bos_token_id": 1}))
+    (path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": fast.token_to_id("</s>")}))
     return path
 
 

@@ -1,0 +1,48 @@
+"""Libraries that read a checkpoint for us see the files that we give them, and nothing else; and they ask nobody.
+
+transformers follows a checkpoint's `auto_map` to Python files, beside it or on the Hub, and asks on stdin whether to
+run them; a `tokenizer_class` leads it to loaders that ask again. What is piped into `llmc` would be the answer. So it
+gets a directory with links to data files and settings without such keys, and stdin is empty while it works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def alone(*files: Path) -> Iterator[Path]:
+    """A directory that holds links to these files only; yields the first link. It ends with the context."""
+    with tempfile.TemporaryDirectory(prefix="llmc-") as folder:
+        for file in files:
+            (Path(folder) / file.name).symlink_to(file.resolve())
+        yield Path(folder) / files[0].name
+
+
+@contextlib.contextmanager
+def no_questions() -> Iterator[None]:
+    """stdin is empty for Python and for native code. What the caller has not read yet is still there afterwards."""
+    try:
+        saved = os.dup(0)
+    except OSError:  # closed by `<&-`
+        saved = None
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    before, sys.stdin = sys.stdin, io.StringIO()
+    try:
+        yield
+    finally:
+        sys.stdin = before
+        if null != 0:
+            os.close(null)
+        if saved is None:
+            os.close(0)
+        else:
+            os.dup2(saved, 0)
+            os.close(saved)
