@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llmc.compiler.diagnostics import DiagnosticError, UserError, did_you_mean
+from llmc.compiler.terminal import columns, fold
 
 WRONG_USAGE = "E601"
 
@@ -85,7 +86,8 @@ def report(error: UserError, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"ok": False, "problems": error.problems()}, indent=1))
     else:
-        print(f"llmc: {error}" if not isinstance(error, DiagnosticError) else str(error), file=sys.stderr)
+        text = f"llmc: {error}" if not isinstance(error, DiagnosticError) else str(error)
+        print(fold(text, columns(sys.stderr)), file=sys.stderr)
 
 
 def asks_for_json(words: Sequence[str]) -> bool:
@@ -94,10 +96,25 @@ def asks_for_json(words: Sequence[str]) -> bool:
     return any(word.startswith("--j") and "--json".startswith(word) for word in flags)
 
 
+class Help(argparse.HelpFormatter):
+    """Of a flag's spellings (--model-path, --model_path) the first, and its value once."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        words = list(dict.fromkeys(word.replace("_", "-") for word in action.option_strings))
+        if action.nargs == 0:
+            return ", ".join(words)
+        return f"{', '.join(words)} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, but wrong usage is told with what is near to it, and with --json as all problems are."""
 
     words: Sequence[str] = ()  # the command line
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=Help, **settings)
 
     def error(self, message: str, near: str = "") -> NoReturn:
         near = near or self.near()
@@ -105,7 +122,8 @@ class Parser(argparse.ArgumentParser):
             report(UserError(message, hint=near, code=WRONG_USAGE), as_json=True)
         else:
             self.print_usage(sys.stderr)
-            print(f"{self.prog}: error: {message}{f' ({near})' if near else ''}", file=sys.stderr)
+            text = f"{self.prog}: error: {message}{f' ({near})' if near else ''}"
+            print(fold(text, columns(sys.stderr)), file=sys.stderr)
         raise SystemExit(2)
 
     def near(self) -> str:
@@ -227,7 +245,8 @@ def env_flags(p: argparse.ArgumentParser) -> None:
 def run_flags(p: argparse.ArgumentParser) -> None:
     from llmc.runtime.flags import add_run_flags
 
-    p.usage = "llmc run --model-path DIR [--input-text TEXT ...] [flags]; llmc run --help lists them"
+    p.usage = "llmc run --model-path DIR [--input-text TEXT ...] [flags; -h lists them]"
+    p.epilog = "Flags may also be written with _, as in --max_output_length."
     add_run_flags(p)
 
 
@@ -262,7 +281,7 @@ def _options(args: argparse.Namespace) -> Any:
 
 def tell(args: argparse.Namespace, facts: Mapping[str, Any], text: Callable[[], str]) -> int:
     """What a command found out: as text, with --json as one object that says ok. The exit code, 0."""
-    print(json.dumps({"ok": True, **facts}, indent=1) if args.json else text())
+    print(json.dumps({"ok": True, **facts}, indent=1) if args.json else fold(text(), columns(sys.stdout)))
     return 0
 
 
@@ -374,7 +393,10 @@ def init_command(args: argparse.Namespace) -> int:
     path = args.model_path.resolve()
     name = args.name or (path.parent if path.is_file() else path).name.lower()
     text = variant_from_config(read_config(args.model_path), name)
-    return tell(args, {"name": name, "yaml": text}, text.rstrip)
+    if args.json:
+        return tell(args, {"name": name, "yaml": text}, text.rstrip)
+    print(text, end="")  # a file's lines: never folded
+    return 0
 
 
 def ops_command(args: argparse.Namespace) -> int:
@@ -393,13 +415,16 @@ def env_command(args: argparse.Namespace) -> int:
     from llmc.compiler.target import environment
 
     facts = environment.facts(args.device, args.attention)
-    return tell(args, facts, lambda: environment.exports(args.device, args.attention))
+    return tell(args, facts, lambda: environment.exports(args.device, args.attention, columns(sys.stdout)))
 
 
 def schema_command(args: argparse.Namespace) -> int:
     from llmc.compiler.language.schema import schema
 
-    return tell(args, {"schema": schema()}, lambda: json.dumps(schema(), indent=1))
+    if args.json:
+        return tell(args, {"schema": schema()}, str)
+    print(json.dumps(schema(), indent=1))
+    return 0
 
 
 def run_command(args: argparse.Namespace) -> int:

@@ -35,6 +35,7 @@ from llmc.compiler.options import Options
 from llmc.compiler.pipeline import compile_model
 from llmc.compiler.target.device import device as device_profile
 from llmc.compiler.target.device import device_names
+from llmc.compiler.terminal import columns, fold
 from llmc.runtime import binding, npu
 from llmc.runtime.engine.blocks import BLOCK_SIZE
 from llmc.runtime.engine.engine import Engine, Output, check_prompt
@@ -149,7 +150,7 @@ _silent = contextvars.ContextVar("silent", default=False)
 
 def note(text: str) -> None:
     if not _silent.get():
-        print(f"note: {text}", file=sys.stderr)
+        print(fold(f"note: {text}", columns(sys.stderr)), file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -532,11 +533,12 @@ def print_answers(prompts: Sequence[Prompt], outputs: Sequence[Output], engine: 
         print(f"Input[{i}] token num: {output.prompt_tokens}, finished by {output.finish_reason}")
     t = timing(outputs, engine)
     decode = f"decode {t['decode_ms_per_token']:.2f} ms per token ({t['decode_tokens_per_s']:.1f} tokens/s)"
-    print(
+    closing = (
         f"prefill {t['prefill_ms']:.1f} ms ({t['prefill_tokens_per_s']:.1f} tokens/s), "
         f"{decode if t['decode_tokens_per_s'] else 'no decode step'}, "
         f"all {t['total_ms']:.1f} ms ({t['tokens_per_s']:.1f} tokens/s)"
     )
+    print(fold(closing, columns(sys.stdout)))
 
 
 def report(

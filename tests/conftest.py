@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+os.environ.pop("COLUMNS", None)  # reports are compared as a file gets them: not folded to a terminal
 
 NEEDS = {
     "conformance": ["torch"],

@@ -259,86 +259,98 @@ def _peers(link: Link) -> str:
 # ---- as text
 
 
-def show_plan(facts: Mapping[str, Any], width: int | None = None) -> str:
+def show_plan(facts: Mapping[str, Any]) -> str:
     """Tables of memory and of time, the assumptions, and one closing line."""
-    from io import StringIO
-
-    from rich.console import Console
-
-    out = StringIO()
-    console = Console(file=out, width=width or 118, highlight=False, color_system=None)
     memory, work = facts["memory"], facts["workload"]
-    console.print(f"{facts['model']} on {facts['device']}, {facts['dtype']}, {facts['attention']} attention")
-    if memory["usable_bytes"] is None:
-        console.print("memory of a rank: not known; --memory says it")
-    else:
-        console.print(
-            f"memory of a rank: {gib(memory['memory_bytes'])}, {gib(memory['reserve_bytes'])} reserved, "
-            f"{gib(memory['usable_bytes'])} usable"
-        )
-    console.print(
-        f"workload: batch {work['batch']}, prompt {work['prompt']}, answer {work['answer']} tokens: context "
-        f"{work['context']}; prefill steps of up to {work['prefill_step_tokens']} tokens"
+    budget = "not known; --memory says it"
+    if memory["usable_bytes"] is not None:
+        there, kept, usable = (gib(memory[f"{what}_bytes"]) for what in ("memory", "reserve", "usable"))
+        budget = f"{there}, {kept} reserved, {usable} usable"
+    return "\n".join(
+        [
+            f"{facts['model']} on {facts['device']}, {facts['dtype']}, {facts['attention']} attention",
+            f"memory of a rank: {budget}",
+            f"workload: batch {work['batch']}, prompt {work['prompt']}, answer {work['answer']} tokens: context "
+            f"{work['context']}; prefill steps of up to {work['prefill_step_tokens']} tokens",
+            *_memory_table(facts),
+            *_work_table(facts),
+            *(f"world size {entry['world_size']}: {entry['reason']}" for entry in facts["refused"]),
+            "",
+            "assumptions:",
+            *(f"  - {line}" for line in facts["assumptions"]),
+            closing_line(facts),
+        ]
     )
-    console.print(*_tables(facts), sep="\n")
-    for entry in facts["refused"]:
-        console.print(f"world size {entry['world_size']}: {entry['reason']}")
-    console.print("\nassumptions:", *(f"  - {line}" for line in facts["assumptions"]), sep="\n", soft_wrap=True)
-    console.print(closing_line(facts), soft_wrap=True)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def _tables(facts: Mapping[str, Any]) -> Iterator[Any]:
-    cards = any(row["cards"] != row["world_size"] for row in facts["sizes"])
-    unit = table_unit(facts)
-    yield _table(
-        "one rank's memory (* offered by the model)",
-        ["tp", *(["cards"] if cards else []), "weights", "cache", "step", "needed", "fits", "cache of a token",
-         "largest batch", "largest context"],
+def _memory_table(facts: Mapping[str, Any]) -> Iterator[str]:
+    unit, sizes = table_unit(facts), facts["sizes"]
+    cards = any(row["cards"] != row["world_size"] for row in sizes)
+    step = ("constants", "step_tensors", "workspace")
+    yield from ["", f"one rank's memory in {unit} (* offered by the model)"]
+    yield from _table(
+        ["tp", *(["cards"] if cards else []), "weights", "cache", "step", "needed", "fits", "a token's\ncache, KiB",
+         "largest\nbatch", "largest\ncontext"],
         [
             [
-                f"{row['world_size']}{'*' if row['offered'] else ''}",
+                _size(row),
                 *([f"{row['cards']:g}"] if cards else []),
-                gib(row["weight_bytes"], unit),
-                gib(row["needed_bytes"]["cache"], unit),
-                gib(sum(row["needed_bytes"][key] for key in ("constants", "step_tensors", "workspace")), unit),
-                gib(row["needed_bytes"]["total"], unit),
+                *(
+                    f"{size / UNITS[unit.lower()]:.2f}"
+                    for size in (
+                        row["weight_bytes"],
+                        row["needed_bytes"]["cache"],
+                        sum(row["needed_bytes"][key] for key in step),
+                        row["needed_bytes"]["total"],
+                    )
+                ),
                 {None: "?", True: "yes", False: "no"}[row["fits"]],
-                f"{row['cache_bytes_per_token'] / 2**10:.1f} KiB",
+                f"{row['cache_bytes_per_token'] / 2**10:.1f}",
                 *(str(row.get(key) or "-") for key in ("largest_batch", "largest_context")),
             ]
-            for row in facts["sizes"]
+            for row in sizes
         ],
     )  # fmt: skip
-    yield _table(
-        "one rank's work",
-        ["tp", "sent, token and layer", "sent, token", "prefill TFLOP", "prefill", "bound by", "decode GFLOP",
-         "decode step", "bound by", "tokens/s"],
+
+
+def _work_table(facts: Mapping[str, Any]) -> Iterator[str]:
+    yield from ["", "one rank's work"]
+    yield from _table(
+        ["tp", "prefill\nTFLOP", "time", "bound\nby", "decode\nGFLOP", "time", "bound\nby", "tokens/s",
+         "a token\nsends, KiB", "in a\nlayer"],
         [
             [
-                f"{row['world_size']}{'*' if row['offered'] else ''}",
-                f"{row['decode']['wire_bytes_per_token_and_layer'] / 2**10:.1f} KiB",
-                f"{row['decode']['wire_bytes_per_token'] / 2**10:.1f} KiB",
-                f"{row['prefill']['flops'] / 1e12:.2f}",
+                _size(row),
+                _short(row["prefill"]["flops"] / 1e12),
                 *_time(row["prefill"]),
-                f"{row['decode']['flops'] / 1e9:.2f}",
+                _short(row["decode"]["flops"] / 1e9),
                 *_time(row["decode"]),
                 f"{row['decode']['tokens_per_second']:.0f}" if row["decode"]["tokens_per_second"] else "?",
+                _short(row["decode"]["wire_bytes_per_token"] / 2**10),
+                _short(row["decode"]["wire_bytes_per_token_and_layer"] / 2**10),
             ]
             for row in facts["sizes"]
         ],
     )  # fmt: skip
 
 
-def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
-    from rich.table import Table
+def _size(row: Mapping[str, Any]) -> str:
+    return f"{row['world_size']}{'*' if row['offered'] else ' '}"
 
-    table = Table(title=f"\n{title}", title_justify="left", title_style="", box=None, padding=(0, 2, 0, 0))
-    for head in heads:
-        table.add_column(head, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+
+def _short(number: float) -> str:
+    """`1.40`, `285.9`, `14676`"""
+    return f"{number:.{2 if number < 100 else 1 if number < 1000 else 0}f}"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Columns to the right, under heads of one or two lines; narrow enough for a terminal of 80."""
+    above = [f"\n{head}".split("\n")[-2:] for head in heads]
+    lines = [*zip(*above, strict=True), *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    gap = "  " if sum(widths) + 2 * len(widths[1:]) <= 80 else " "
+    for line in lines:
+        yield gap.join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
 
 
 def _time(facts: Mapping[str, Any]) -> tuple[str, str]:
@@ -346,7 +358,9 @@ def _time(facts: Mapping[str, Any]) -> tuple[str, str]:
         return "?", "?"
     bounds = facts["bound_seconds"]
     seconds = facts["seconds"]
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.2f} ms", max(bounds, key=lambda kind: bounds[kind])
+    return f"{_short(seconds)} s" if seconds >= 1 else f"{_short(seconds * 1e3)} ms", max(
+        bounds, key=lambda kind: bounds[kind]
+    )
 
 
 def closing_line(facts: Mapping[str, Any]) -> str:

@@ -147,7 +147,9 @@ def _shown(text: str) -> bool:
 
 
 def show_ops(ops: Iterable[Any]) -> str:
-    return "\n".join(f"{op.name:<14} {op.doc}" for op in ops)
+    found = list(ops)
+    width = max(len(op.name) for op in found)
+    return "\n".join(f"{op.name:<{width}}  {op.doc}" for op in found)
 
 
 def show_op(op: Any) -> str:

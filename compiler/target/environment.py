@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,19 +44,21 @@ def facts(name: str, attention: str) -> dict[str, Any]:
     }
 
 
-def exports(name: str, attention: str) -> str:
-    """Lines for a shell, values in one column; what users choose for themselves is a comment."""
+def exports(name: str, attention: str, columns: int | None = None) -> str:
+    """Lines for a shell, values in one column; what users choose for themselves is a comment. Where a line has no room
+    for its words (`columns`), they stand above it, as comments that a shell reads over."""
     found = variables(name, attention)
     if not found:
         return f"# {name} needs no variables"
     words = [_export(v) for v in found]
     width = max(map(len, words))
+    lines = [f"{word:<{width}}  # {v.does}; {_today(v)}" for word, v in zip(words, found, strict=True)]
+    heading = f"# {name}, {attention} attention: what llmc run sets on the NPU unless you have set it"
+    if columns and max(map(len, lines)) > columns:
+        lines = [f"\n# {v.does}; {_today(v)}\n{word}" for word, v in zip(words, found, strict=True)]
     return "\n".join(
-        [
-            f"# {name}, {attention} attention: what llmc run sets on the NPU unless you have set it",
-            *(f"{word:<{width}}  # {v.does}; {_today(v)}" for word, v in zip(words, found, strict=True)),
-            *_closing(found),
-        ]
+        "\n".join(textwrap.wrap(line, columns, subsequent_indent="# ")) if columns and line.startswith("# ") else line
+        for line in "\n".join([heading, *lines, *_closing(found)]).split("\n")
     )
 
 

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from llmc.compiler.checkpoint_files import nature, present
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.target.device import DTYPES
+from llmc.compiler.terminal import columns, fold
 from llmc.runtime.convert.gguf import plan_gguf
 from llmc.runtime.convert.plan import PROGRESS_FILE, SAFETENSORS_DTYPES, Plan, Tensor, write_json
 from llmc.runtime.convert.pytorch_bin import plan_bin
@@ -90,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"ok": True, **facts}, indent=1))
         return 0
     for warning in summary.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(summary)
+        print(fold(f"warning: {warning}", columns(sys.stderr)), file=sys.stderr)
+    print(fold(str(summary), columns(sys.stdout)))
     return 0
 
 
@@ -316,9 +317,12 @@ def _progress_bar(plan: Plan, wanted: bool) -> Iterator[Callable[[str, int], Non
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
-    columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    name = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+    with Progress(
+        BarColumn(20), DownloadColumn(), TimeRemainingColumn(), name, console=Console(stderr=True), transient=True
+    ) as bar:
         task = bar.add_task("", total=sum(map(_bytes, plan.files.values())))
         yield lambda name, count: bar.update(task, advance=count, description=name)
 
