@@ -1,7 +1,8 @@
 """From logits to tokens: penalties, temperature, top-k, top-p, the draw.
 
 Enters logits [B, V] and, per row, the parameters, the tokens so far and a random generator; leaves B token ids.
-A row's token depends on that row alone, so it is the same in every batch.
+A row's token depends on that row alone: the same logits give the same token in every batch and place. For more rows,
+or over other ranks, a graph may round its logits otherwise; `draw` says what that can change.
 
     params = SamplingParams(max_tokens=64, temperature=0.7, top_k=50, top_p=0.9, seed=1)
     tokens = Sampler().sample(logits, sequences)        # a Sequence is a SamplingState
@@ -145,8 +146,7 @@ class Sampler:
         if params.greedy:
             return int(logits.argmax())
         assert state.generator is not None
-        probabilities, ids = keep(logits, params)
-        return int(ids[draw(probabilities, state.generator)])
+        return draw(keep(logits, params), state.generator)
 
 
 def penalise(logits: torch.Tensor, params: SamplingParams, token_ids: Sequence[int], prompt_len: int) -> torch.Tensor:
@@ -163,22 +163,33 @@ def penalise(logits: torch.Tensor, params: SamplingParams, token_ids: Sequence[i
     return logits
 
 
-def keep(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """Temperature, top-k, top-p: [V] -> probabilities in falling order, which sum to 1, and their token ids."""
-    scores, ids = torch.sort(logits.double() / params.temperature, descending=True, stable=True)
-    if params.top_k > 0:
-        scores, ids = scores[: params.top_k], ids[: params.top_k]
+def keep(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """Temperature, top-k, top-p: [V] -> float64 probabilities [V] that sum to 1; tokens that are out have 0.
+
+    Equals share one fate, since neither the order of token ids nor that of a sort says which is better: of tokens as
+    likely as the last one that top-k or top-p keeps, all stay. So does transformers with top-k (TopKLogitsWarper); its
+    top-p (TopPLogitsWarper) cuts equals where its sort has put them. Logits of 16 bits have many equals."""
+    best = logits.max()
+    # From the best one down, so that no temperature overflows; an infinite logit is far above all finite ones.
+    scores = torch.where(logits == best, 0.0, (logits.double() - best) / params.temperature)
+    if 0 < params.top_k < len(scores):
+        scores = scores.masked_fill(scores < scores.topk(params.top_k).values[-1], -math.inf)
     probabilities = scores.softmax(dim=-1)
     if 0 < params.top_p < 1:
-        before = probabilities.cumsum(dim=-1) - probabilities
-        inside = before < params.top_p  # the smallest head whose mass reaches top_p
-        inside[0] = True
-        probabilities, ids = probabilities[inside], ids[inside]
-    return probabilities / probabilities.sum(), ids
+        falling = probabilities.sort(descending=True).values
+        head = int((falling.cumsum(dim=-1) < params.top_p).sum())  # the token behind it is the one to reach top_p
+        probabilities = probabilities.where(probabilities >= falling[min(head, len(falling) - 1)], 0.0)
+    return probabilities / probabilities.sum()
 
 
 def draw(probabilities: torch.Tensor, generator: torch.Generator) -> int:
-    """Index by the inverse of the cumulative sum: one uniform number a token, whatever the batch."""
-    uniform = torch.rand((), generator=generator, dtype=torch.float64)
-    index = torch.searchsorted(probabilities.cumsum(dim=-1), uniform, right=True)
-    return min(int(index), len(probabilities) - 1)
+    """A token id by its probability [V]: every id runs a race, with an exponential time of rate p, and the first wins.
+
+    The V random numbers of a draw belong to token ids, whatever else is kept and whatever the batch. So a probability
+    that moves in its last bit lets few draws go elsewhere: for distributions that differ by d (total variation: what
+    one has to take from some tokens and give to others) at most 2 d / (1 + d), and no rule that sees one of the two
+    does better (Daliri, Musco and Suresh 2024, arXiv 2408.07978). A cumulative sum over V tokens would move at every
+    token, and in falling order neighbours that change places would move it by as much as they are likely."""
+    uniform = torch.rand(len(probabilities), generator=generator, dtype=torch.float64)
+    times = -torch.log1p(-uniform)
+    return int((probabilities / times.clamp_min(torch.finfo(torch.float64).tiny)).argmax())

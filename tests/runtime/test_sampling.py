@@ -46,28 +46,63 @@ SAMPLED = st.builds(
 @given(SAMPLED, st.integers(0, 1000))
 def test_kept_tokens_are_the_best_and_their_probabilities_sum_to_one(params, seed):
     logits = logits_of(seed)[0]
-    probabilities, ids = keep(logits, params)
-    kept = len(ids)
+    probabilities = keep(logits, params)
+    kept = int((probabilities > 0).sum())
     assert 1 <= kept <= (params.top_k if params.top_k > 0 else VOCAB)
-    assert set(ids.tolist()) == set(logits.argsort(descending=True)[:kept].tolist())
+    assert set(probabilities.nonzero().flatten().tolist()) == set(logits.argsort(descending=True)[:kept].tolist())
     assert float(probabilities.sum()) == pytest.approx(1.0)
-    assert bool((probabilities[:-1] >= probabilities[1:]).all())
+
+
+def warped(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """[V] -> what transformers would draw from."""
+    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    scores = TemperatureLogitsWarper(float(params.temperature))(None, logits[None].double())
+    if params.top_k > 0:
+        scores = TopKLogitsWarper(params.top_k)(None, scores)
+    if 0 < params.top_p < 1:
+        scores = TopPLogitsWarper(params.top_p)(None, scores)
+    return scores.softmax(-1)[0]
 
 
 @settings(deadline=None, max_examples=60)
 @given(SAMPLED, st.integers(0, 1000))
 def test_temperature_top_k_and_top_p_equal_the_warpers_of_transformers(params, seed):
-    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    logits = logits_of(seed)[0]
+    torch.testing.assert_close(keep(logits, params), warped(logits, params), rtol=1e-9, atol=1e-12)
 
-    logits = logits_of(seed).double()
-    scores = TemperatureLogitsWarper(float(params.temperature))(None, logits)
-    if params.top_k > 0:
-        scores = TopKLogitsWarper(params.top_k)(None, scores)
-    if 0 < params.top_p < 1:
-        scores = TopPLogitsWarper(params.top_p)(None, scores)
-    probabilities, ids = keep(logits[0], params)
-    ours = torch.zeros(VOCAB, dtype=torch.float64).scatter(0, ids, probabilities)
-    torch.testing.assert_close(ours, scores.softmax(-1)[0], rtol=1e-9, atol=1e-12)
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, VOCAB), st.floats(0.1, 3.0), st.integers(0, 1000), st.permutations(range(VOCAB)))
+def test_equals_of_the_last_token_of_top_k_stay_as_in_transformers(top_k, temperature, seed, order):
+    logits = logits_of(seed)[0].div(3).round()  # about seven values for 40 tokens
+    params = SamplingParams(temperature=temperature, top_k=top_k if top_k > 1 else 2)
+    found = keep(logits, params)
+    torch.testing.assert_close(found, warped(logits, params), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(keep(logits[list(order)], params), found[list(order)], rtol=1e-12, atol=0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.floats(0.01, 0.99), st.integers(0, 1000), st.permutations(range(VOCAB)))
+def test_equals_of_the_last_token_of_top_p_stay_whatever_their_ids(top_p, seed, order):
+    """transformers cuts them where its sort has put them, so its tokens are among ours, and only equals beside them."""
+    logits = logits_of(seed)[0].div(3).round()
+    params = SamplingParams(top_k=0, top_p=top_p)
+    found, theirs = keep(logits, params), warped(logits, params)
+    assert set(logits[found > 0].tolist()) == set(logits[theirs > 0].tolist())
+    least = logits[found > 0].min()
+    assert bool((found[logits >= least] > 0).all())
+    torch.testing.assert_close(keep(logits[list(order)], params), found[list(order)], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-30, 1e30, 1.7e308])
+def test_no_temperature_makes_a_distribution_that_is_none(temperature):
+    logits = torch.tensor([3.0, -70000.0, 2.0, 3.0])
+    for top_k, top_p in ((0, 0.0), (2, 0.0), (0, 0.5)):
+        found = keep(logits, SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p))
+        assert float(found.sum()) == pytest.approx(1.0)
+        assert found[0] == found[3]
+    assert keep(torch.tensor([1.0, float("inf"), 2.0]), SamplingParams(top_k=0)).tolist() == [0.0, 1.0, 0.0]
 
 
 @settings(deadline=None, max_examples=40)
@@ -127,11 +162,47 @@ def test_the_generator_advances_and_the_seed_repeats_it():
 
 
 def test_draws_follow_the_probabilities():
-    probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1], dtype=torch.float64)
+    probabilities = torch.tensor([0.5, 0.0, 0.25, 0.15, 0.1], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    counts = torch.bincount(torch.tensor([draw(probabilities, generator) for _ in range(8000)]), minlength=4)
+    counts = torch.bincount(torch.tensor([draw(probabilities, generator) for _ in range(8000)]), minlength=5)
+    assert counts[1] == 0
+    counts, probabilities = counts[probabilities > 0], probabilities[probabilities > 0]
     chi_square = float((((counts - 8000 * probabilities) ** 2) / (8000 * probabilities)).sum())
     assert chi_square < 16.3  # 3 degrees of freedom, p = 0.001
+
+
+def share_of_other_draws(one: torch.Tensor, other: torch.Tensor, draws: int) -> float:
+    """Of as many steps from the same seeds: those in which two distributions [V] give two tokens."""
+    different = 0
+    for seed in range(draws):
+        first, second = (draw(p, torch.Generator().manual_seed(seed)) for p in (one, other))
+        different += first != second
+    return different / draws
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.0), (50, 0.0), (0, 0.95)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_that_differ_in_the_last_bit_change_few_draws(dtype, top_k, top_p):
+    """As few as can be asked of a rule that sees one of both: 2 d / (1 + d), d the distance of the distributions."""
+    generator = torch.Generator().manual_seed(1)
+    one = (torch.randn(1000, generator=generator) * 2 + 10).to(dtype)
+    moves = torch.randint(-1, 2, one.shape, generator=generator)
+    other = (one.view(torch.int16) + moves).to(torch.int16).view(dtype)
+    params = SamplingParams(top_k=top_k, top_p=top_p)
+    before, after = keep(one.float(), params), keep(other.float(), params)
+    distance = float((before - after).abs().sum() / 2)
+    most = 2 * distance / (1 + distance)
+    assert share_of_other_draws(before, after, 1000) <= most + 3 * (most / 1000) ** 0.5
+
+
+def test_tokens_that_change_places_by_the_last_bit_keep_their_draws():
+    """Two leaders that are equal but for rounding; half of all draws are theirs."""
+    one = torch.zeros(100)
+    one[7], one[90] = 4.0, 4.0 + 2**-9
+    other = one.clone()
+    other[7], other[90] = one[90], one[7]
+    params = SamplingParams(top_k=0)
+    assert share_of_other_draws(keep(one, params), keep(other, params), 1000) <= 0.003
 
 
 def test_nan_logits_are_reported_with_the_row():
