@@ -383,7 +383,7 @@ def plan_command(args: argparse.Namespace) -> int:
 
     memory, reserve = (text and parse_size(text) for text in (args.memory, args.reserve))
     work = Workload(batch=args.batch, prompt=args.prompt, answer=args.answer, prefill_tokens=args.prefill_tokens)
-    facts = plan(args.graph, _options(args), work, memory=memory, reserve=reserve)
+    facts = plan(args.graph, _options(args), work, memory=memory, reserve=reserve, environment=os.environ)
     return tell(args, facts, lambda: show_plan(facts))
 
 

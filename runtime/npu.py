@@ -95,8 +95,9 @@ def load(profile: Mapping[str, str]) -> ModuleType:
     return atb
 
 
-def set_device(rank: int) -> None:
-    """Bind this process to the device of its local rank."""
+def set_device(rank: int, *, nz: bool = False) -> None:
+    """Bind this process to the device of its local rank. `nz`: some tensors will have that format, which torch_npu
+    must be told on 910B: else a cast to nz leaves them nd, with a warning."""
     import torch
 
     if not 0 <= rank < (count := _device_count()):
@@ -107,6 +108,14 @@ def set_device(rank: int) -> None:
         )
     torch.npu.set_device(rank)  # type: ignore[attr-defined]
     torch.npu.set_compile_mode(jit_compile=False)  # type: ignore[attr-defined]
+    if nz:
+        torch.npu.config.allow_internal_format = True  # type: ignore[attr-defined]
+
+
+def set_workspace(atb: ModuleType, size: int) -> None:
+    """Bytes that torch_atb's workspace has when the first step asks for it; before any graph is built. A workspace that
+    is too small is replaced in the middle of a step, and the old one is memory that nobody uses."""
+    atb.set_buffer_size(-(-size // 1024) * 1024)
 
 
 def npu_smi(*words: str) -> subprocess.CompletedProcess[str]:

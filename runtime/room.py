@@ -17,7 +17,7 @@ from typing import Any
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.memory import PREFILL_TOKENS, last_true, needed
 from llmc.compiler.reports.show import show_bytes
-from llmc.compiler.target.device import Device, parse_size
+from llmc.compiler.target.device import Device, held_bytes, parse_size
 from llmc.runtime.engine.blocks import BLOCK_SIZE, blocks_for
 
 GIB = 1 << 30
@@ -38,15 +38,25 @@ class Room:
     sizes: Mapping[str, int]
     max_batch: int
     prefill_tokens: int  # most in one step
+    workspace: int = 0  # bytes of the largest step's, 0 where the artifact does not say
     note: str = ""  # where it is less than the whole batch would fill
 
 
-def memory_limit(flag: str | None, target: Device, environment: Mapping[str, str]) -> Limit | None:
-    """--memory is what there is, of which the device's reserve is not ours; MAX_MEMORY_GB, as in the original stack,
-    is what a rank may use, in GiB. None: nobody says."""
+def memory_limit(
+    flag: str | None,
+    target: Device,
+    environment: Mapping[str, str],
+    *,
+    attention: str = "paged",
+    backend: str = "",
+) -> Limit | None:
+    """--memory is what there is, of which the device's reserve is not ours (`llmc plan` shows its lines; `backend`: of
+    the collectives of several ranks); MAX_MEMORY_GB, as in the original stack, is what a rank may use, in GiB. None:
+    nobody says."""
     if flag is not None:
-        usable = parse_size(flag) - target.reserve
-        less = f" less {show_bytes(target.reserve)} reserved" if target.reserve else ""
+        reserve = max(target.reserve, sum(held_bytes(target, attention, backend, environment).values()))
+        usable = parse_size(flag) - reserve
+        less = f" less {show_bytes(reserve)} reserved" if reserve else ""
         if usable <= 0:
             raise UserError(f"--memory {flag}{less}: nothing is left")
         return Limit(usable=usable, source=f"--memory {flag}{less}")
@@ -76,9 +86,9 @@ def make_room(
     enough = sum(blocks_for(end, BLOCK_SIZE) for end in ends[:batch])
     budget = prefill_tokens or max(PREFILL_TOKENS, longest)
     room = Room(sizes={"N": blocks or enough, "B": batch, "S": longest}, max_batch=batch, prefill_tokens=budget)
-    if limit is None:
-        return room
     memory = manifest["memory"]
+    if limit is None and "steps" not in memory:
+        return room
     if "steps" not in memory:
         raise UserError("the artifact does not say what a step needs", hint="compile it again", code="E501")
     flash = manifest["attention"] == "flash"
@@ -92,15 +102,19 @@ def make_room(
         cached = None if flash else count
         return needed(memory, tokens=tokens, batch=rows, context=longest, positions=positions, blocks=cached)
 
-    if bytes_at(asked)["total"] <= limit.usable:
-        return room
+    if limit is None or bytes_at(asked)["total"] <= limit.usable:
+        return replace(room, workspace=bytes_at(asked)["workspace"])
     most = last_true(lambda count: bytes_at(count)["total"] <= limit.usable, 1, asked - 1)
     if most < least or (blocks and not flash):
         fewer = f"--num-blocks {most}, " if blocks and most >= least else ""
         raise refusal(bytes_at(asked if fewer else min(asked, least)), limit, manifest["world_size"], fewer)
     said = f"{most} sequences at a time" if flash else f"{most} blocks of cache, so that sequences take turns"
     return replace(
-        room, sizes={**room.sizes, symbol: most}, max_batch=most if flash else batch, note=f"{limit.source}: {said}"
+        room,
+        sizes={**room.sizes, symbol: most},
+        max_batch=most if flash else batch,
+        workspace=bytes_at(most)["workspace"],
+        note=f"{limit.source}: {said}",
     )
 
 

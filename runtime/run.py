@@ -387,7 +387,8 @@ def open_device(
         raise UserError(f"--torch-device {wanted}: this code is for host", hint="--device atlas-800i-a2")
     index = int(place["index"]) if place and place["index"] else None
     if npu_wanted:
-        profile = device_profile(manifest["device"]).environment
+        target = device_profile(manifest["device"])
+        profile = target.environment
         atb = npu.load({**profile.get("common", {}), **profile.get(manifest["attention"], {})})
         if team and team.place.local_world_size > 1 and index is not None:
             raise UserError(
@@ -395,7 +396,7 @@ def open_device(
                 hint="--torch-device npu; ASCEND_RT_VISIBLE_DEVICES chooses which",
             )
         own = (team.place.local_rank if team else 0) if index is None else index
-        npu.set_device(own)
+        npu.set_device(own, nz="nz" in target.formats.values())
         bound = binding.bind(range(team.place.local_world_size) if team else [own], own)
         if bound and bound.why:
             note(str(bound))
@@ -435,6 +436,9 @@ def make_engine(
     if room.note:
         note(room.note)
     atb, device, ranks = open_device(manifest, args.torch_device, team)
+    if device.type == "npu" and room.workspace:
+        scratch = sum(line.size for line in device_profile(manifest["device"]).held if line.workspace)
+        npu.set_workspace(atb, room.workspace + scratch)
     if team:
         team.meet()
     note_memory(manifest["memory"]["weight_bytes"] * (team.place.local_world_size if team else 1), device)
@@ -481,7 +485,13 @@ def room_for(
         positions=min(positions, args.max_position_embeddings or positions),
         blocks=args.num_blocks,
         prefill_tokens=args.max_prefill_tokens if args.max_prefill_tokens > 0 else None,
-        limit=memory_limit(args.memory, target, {**profile, **os.environ}),
+        limit=memory_limit(
+            args.memory,
+            target,
+            {**profile, **os.environ},
+            attention=manifest["attention"],
+            backend=manifest["backend"] if manifest["world_size"] > 1 else "",
+        ),
     )
 
 

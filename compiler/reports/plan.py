@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from llmc.compiler.atb.collective import DEVICE_COUNT
@@ -24,7 +25,8 @@ from llmc.compiler.ops.attention import BLOCK_SIZE
 from llmc.compiler.options import Options, check_support
 from llmc.compiler.pipeline import compile_model
 from llmc.compiler.reports.roofline import step_facts
-from llmc.compiler.target.device import UNITS, Board, Device, Link, device
+from llmc.compiler.reports.show import show_bytes
+from llmc.compiler.target.device import UNITS, Board, Device, Link, device, held_bytes
 
 MOST_SEQUENCES = 1 << 16  # where the search for the largest batch ends
 
@@ -55,13 +57,16 @@ def plan(
     *,
     memory: int | None = None,
     reserve: int | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Facts of every world size at which the model compiles (of `options.world_size` alone where it is given), as plain
-    data in bytes, seconds and counts. `memory` of one rank: default the device's first board; `reserve`: of it."""
+    data in bytes, seconds and counts. `memory` of one rank: default the device's first board; `reserve`: of it;
+    `environment`: the user's, which says how much some libraries hold."""
     model = load_model(graph, options.allow_extends)
     target = device(options.device)
     work = decide(workload or Workload(), int(model.graph.sizes["max_positions"]))
-    budget = budget_of(target, memory, reserve)
+    lines = reserve_lines(target, options, environment)
+    budget = budget_of(target, memory, reserve, sum(line["bytes"] for line in lines))
     board = nearest_board(target, memory)
     rows: list[dict[str, Any]] = []
     refused: list[dict[str, Any]] = []
@@ -84,6 +89,7 @@ def plan(
         "dtype": compiled.dtype,
         "attention": options.attention,
         "memory": budget,
+        "reserve": with_rest(lines, budget["reserve_bytes"] or 0),
         "workload": {
             **asdict(work),
             "context": work.context,
@@ -119,9 +125,30 @@ def decide(work: Workload, max_positions: int) -> Workload:
     return replace(work, prompt=prompt, answer=answer, prefill_tokens=tokens)
 
 
-def budget_of(target: Device, memory: int | None, reserve: int | None) -> dict[str, int | None]:
-    """Bytes that a rank may use. Nobody says how much memory there is, and the device does not know: None."""
-    kept = target.reserve if reserve is None else reserve
+def reserve_lines(target: Device, options: Options, environment: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What is known of a rank's reserve; buffers of collectives unless it is alone."""
+    backend = options.backend or next(iter(target.backends), "")
+    alone = options.world_size == 1
+    found = held_bytes(target, options.attention, "" if alone else backend, environment)
+    held = {line.name: line for line in target.held}
+    return [
+        {"name": name, "bytes": size, "several_ranks": bool(held[name].backend), "source": held[name].source}
+        for name, size in found.items()
+    ]
+
+
+def with_rest(lines: list[dict[str, Any]], reserve: int) -> list[dict[str, Any]]:
+    """The lines, and a last one for what they leave of the reserve."""
+    rest = max(0, reserve - sum(line["bytes"] for line in lines))
+    if not rest:
+        return lines
+    return [*lines, {"name": "the rest", "bytes": rest, "several_ranks": False, "source": ""}]
+
+
+def budget_of(target: Device, memory: int | None, reserve: int | None, held: int = 0) -> dict[str, int | None]:
+    """Bytes that a rank may use. Nobody says how much memory there is, and the device does not know: None. `held`: the
+    sum of the reserve's lines, which it is never less than, unless the user says so."""
+    kept = max(target.reserve, held) if reserve is None else reserve
     there = memory if memory is not None else target.boards[0].memory if target.boards else None
     if there is None:
         return {"memory_bytes": None, "reserve_bytes": kept, "usable_bytes": None}
@@ -234,8 +261,8 @@ def assumptions(board: Board | None, link: Link | None, attention: str) -> Itera
     """What the numbers rest on, in words."""
     yield "a workspace name keeps its place from the first node that writes it to the last that uses it in a segment"
     yield (
-        "the reserve stands for kernels' scratch, communication buffers, code and fragmentation; nothing was measured "
-        "on an NPU"
+        "the rest of the reserve stands for code, fragmentation and holes in workspaces; its lines were read or seen, "
+        "and nothing was measured on an NPU"
     )
     if attention == "paged":
         yield f"each sequence fills its last cache block of {BLOCK_SIZE} tokens"
@@ -270,6 +297,7 @@ def show_plan(facts: Mapping[str, Any]) -> str:
         [
             f"{facts['model']} on {facts['device']}, {facts['dtype']}, {facts['attention']} attention",
             f"memory of a rank: {budget}",
+            *([reserve_line(facts["reserve"], memory["reserve_bytes"])] if facts["reserve"] else []),
             f"workload: batch {work['batch']}, prompt {work['prompt']}, answer {work['answer']} tokens: context "
             f"{work['context']}; prefill steps of up to {work['prefill_step_tokens']} tokens",
             *_memory_table(facts),
@@ -281,6 +309,16 @@ def show_plan(facts: Mapping[str, Any]) -> str:
             closing_line(facts),
         ]
     )
+
+
+def reserve_line(lines: Sequence[Mapping[str, Any]], reserve: int) -> str:
+    """`reserved: kernel scratch 188.00 MiB, ..., lccl buffers 200.00 MiB (several ranks), the rest 2.53 GiB`"""
+    parts = [
+        f"{line['name']} {show_bytes(line['bytes'])}{' (several ranks)' * line['several_ranks']}" for line in lines
+    ]
+    known = sum(line["bytes"] for line in lines)
+    more = f", which is {show_bytes(known - reserve)} more than that" if known > reserve else ""
+    return f"reserved: {', '.join(parts)}{more}"
 
 
 def _memory_table(facts: Mapping[str, Any]) -> Iterator[str]:

@@ -51,6 +51,19 @@ class Link:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Held:
+    """A line of the reserve: memory of a rank that a library holds for itself."""
+
+    name: str
+    size: int  # bytes; with a variable, of one of its units
+    source: str
+    backend: str = ""  # held only by one of several ranks whose collectives have this backend
+    variable: str = ""  # the environment variable that says how many units; `default` where it is not set
+    default: int = 1
+    workspace: bool = False  # a part of torch_atb's workspace
+
+
+@dataclass(frozen=True, kw_only=True)
 class Variable:
     """An environment variable of the seed document."""
 
@@ -78,6 +91,7 @@ class Device:
     causal_mask: Mapping[str, float]  # dtype -> value above the diagonal of the NORM_COMPRESS mask
     boards: tuple[Board, ...]  # the default first; none where nothing is known
     reserve: int  # bytes of a board's memory that are not for weights, cache and activations
+    held: tuple[Held, ...]  # lines of it; the rest has no name
     ceiling: int | None  # bytes that a rank uses at most where nobody says how much memory there is
     ranks_per_card: int
     link: Link | None
@@ -89,6 +103,23 @@ class Device:
         return {
             mode: {v.name: v.value for v in variables if not v.choose} for mode, variables in self.variables.items()
         }
+
+
+def held_bytes(target: Device, attention: str, backend: str, environment: Mapping[str, str]) -> dict[str, int]:
+    """Lines of a rank's reserve, name -> bytes. `backend`: of its collectives, "" for a rank alone; `environment`: the
+    user's, which wins over what the device's profile sets."""
+    profile = {
+        name: value for mode in ("common", attention) for name, value in target.environment.get(mode, {}).items()
+    }
+    found = {}
+    for line in target.held:
+        if line.backend not in ("", backend):
+            continue
+        text = environment.get(line.variable) or profile.get(line.variable) or str(line.default)
+        if not text.strip().isdecimal() or not 0 < int(text) < 2**20:
+            raise UserError(f"{line.variable}={text}: expected a whole number, at least 1")
+        found[line.name] = line.size * int(text)
+    return found
 
 
 def device_names() -> list[str]:
@@ -118,7 +149,8 @@ def device(name: str) -> Device:
         backends={row.values[0]: row.facts.get("fused", "") for row in legal_rows(rows, "backend")},
         causal_mask=mask.facts["values"],
         boards=tuple(Board(**{**board, "memory": parse_size(board["memory"])}) for board in data["boards"]),
-        reserve=parse_size(data["reserve"]),
+        reserve=parse_size(data["reserve"]["total"]),
+        held=tuple(Held(**{**line, "size": parse_size(line["size"])}) for line in data["reserve"]["lines"]),
         ceiling=parse_size(data["ceiling"]) if data["ceiling"] else None,
         ranks_per_card=data["ranks_per_card"],
         link=Link(**data["link"]) if data["link"] else None,

@@ -88,6 +88,64 @@ def test_300i_duo_starts_at_one_card_and_holds_no_model_beyond_13b_on_two(model)
     assert row(model, 1, name="atlas-300i-duo")["fits"] == model.endswith("7b")
 
 
+# The reserve ----------------------------------------------------------------------------------------------------------
+
+MIB = 2**20
+
+
+def lines(facts: Mapping[str, Any]) -> dict[str, int]:
+    return {line["name"]: line["bytes"] for line in facts["reserve"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "buffers"),
+    [
+        ({}, {}, {"lccl buffers": 200 * MIB}),
+        ({"world_size": 1}, {}, {}),
+        ({"backend": "hccl"}, {}, {"hccl buffers": 2 * 200 * MIB}),
+        ({"backend": "hccl", "attention": "flash"}, {}, {"hccl buffers": 2 * 120 * MIB}),
+        ({"backend": "hccl", "attention": "flash"}, {"HCCL_BUFFSIZE": "64"}, {"hccl buffers": 2 * 64 * MIB}),
+        ({"device": "atlas-300i-duo", "world_size": 2}, {"HCCL_BUFFSIZE": "300"}, {"hccl buffers": 2 * 300 * MIB}),
+    ],
+)
+def test_the_reserve_has_named_lines_with_sources_and_a_rest(small, options, environment, buffers):
+    """Buffers of collectives are those of the backend, and a rank alone has none."""
+    facts = plan(small(), Options(**options), environment=environment)
+    scratch = {} if options.get("device") == "atlas-300i-duo" else {"kernel scratch": 188 * MIB}
+    known = {**scratch, "ATB context pools": 32 * 3 * MIB, **buffers}
+    reserve = facts["memory"]["reserve_bytes"]
+    assert lines(facts) == {**known, "the rest": reserve - sum(known.values())}
+    assert all(line["source"] for line in facts["reserve"][:-1])
+    assert [line["name"] for line in facts["reserve"] if line["several_ranks"]] == list(buffers)
+
+
+def test_the_lines_of_the_reserve_are_printed_and_are_in_the_json(small, capsys):
+    _, out, _ = run(capsys, small())
+    assert (
+        "reserved: kernel scratch 188.00 MiB, ATB context pools 96.00 MiB, lccl buffers 200.00 MiB (several ranks), "
+        "the rest 2.53 GiB"
+    ) in out.splitlines()
+    _, out, _ = run(capsys, small(), "--json")
+    assert sum(lines(json.loads(out)).values()) == 3 * GIB
+    assert "reserved:" not in run(capsys, small(), "--device", "host")[1]
+
+
+def test_the_reserve_is_never_less_than_its_lines_unless_the_user_says_so(small, capsys, monkeypatch):
+    words = [small(), "--backend", "hccl"]
+    monkeypatch.setenv("HCCL_BUFFSIZE", "2000")
+    facts = json.loads(run(capsys, *words, "--json")[1])
+    assert facts["memory"]["reserve_bytes"] == (188 + 96 + 2 * 2000) * MIB
+    assert "the rest" not in lines(facts)
+    facts = json.loads(run(capsys, *words, "--reserve", "1GiB", "--json")[1])
+    assert facts["memory"]["reserve_bytes"] == GIB
+    assert "which is 3.18 GiB more than that" in run(capsys, *words, "--reserve", "1GiB")[1]
+    for text in ("much", "0", "-1", "1.5"):
+        monkeypatch.setenv("HCCL_BUFFSIZE", text)
+        code, _, err = run(capsys, *words)
+        assert (code, f"HCCL_BUFFSIZE={text}: expected a whole number" in err) == (1, True)
+    assert run(capsys, small())[0] == 0, "lccl does not read it"
+
+
 # Numbers by hand ------------------------------------------------------------------------------------------------------
 
 

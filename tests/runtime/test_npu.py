@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime import npu
+from llmc.runtime.engine.sampling import SamplingParams
 
 PROFILE = {"TASK_QUEUE_ENABLE": "1", "ATB_OPERATION_EXECUTE_ASYNC": "1"}
 
@@ -164,6 +167,15 @@ def test_rank_is_bound_to_a_visible_device(stand_in):
         npu.set_device(2)
 
 
+@pytest.mark.parametrize("nz", [False, True])
+def test_torch_npu_is_told_where_tensors_will_be_nz(nz, stand_in):
+    """It casts nothing to nz on 910B otherwise."""
+    device = stand_in()
+    device.config = types.SimpleNamespace(allow_internal_format=False)
+    npu.set_device(0, nz=nz)
+    assert device.config.allow_internal_format == nz
+
+
 def test_nz_is_format_29_of_the_vendor_cast(stand_in):
     stand_in("def npu_format_cast(tensor, number): return tensor, number")
     tensor = torch.ones(2)
@@ -302,6 +314,48 @@ def test_a_rank_takes_the_device_of_its_local_rank_and_the_communicator_of_its_r
     assert atb is sys.modules["torch_atb"]
     assert ("set_device", (1,), {}) in device.calls
     assert built_with == {"rank": 1, "comm_domain": "20010", "rank_table_file": ""}
+
+
+@pytest.mark.parametrize("formats", [["nd", "nz"], ["nz", "nd"]], ids="first is {}".format)
+def test_the_formats_of_the_device_decide_whether_nz_is_allowed(formats, rank_1, monkeypatch):
+    """As its file lists them: the first is taken."""
+    from llmc.runtime import run
+
+    team, device = rank_1
+    device.config = types.SimpleNamespace(allow_internal_format=False)
+    target = run.device_profile("atlas-800i-a2")
+    found = dataclasses.replace(target, formats={**target.formats, "weight": formats[0]})
+    monkeypatch.setattr(run, "device_profile", lambda name: found)
+    real = torch.device
+    monkeypatch.setattr(torch, "device", lambda kind, index: real("meta", index))
+    run.open_device(MANIFEST, "npu", team)
+    assert device.config.allow_internal_format == (formats[0] == "nz")
+
+
+@pytest.mark.parametrize(("device", "scratch"), [("atlas-800i-a2", 188 << 20), ("atlas-300i-duo", 0)])
+def test_the_workspace_has_the_size_of_the_largest_step_before_a_graph_is_built(device, scratch, monkeypatch):
+    """What the memory plan says, and the kernels' scratch: torch_atb would begin with 100 MiB and grow in the middle of
+    steps. It reads the size when the first step asks for a workspace."""
+    from llmc.compiler.artifact import Artifact, make_manifest
+    from llmc.compiler.memory import needed
+    from llmc.compiler.options import Options
+    from llmc.compiler.pipeline import compile_model
+    from llmc.runtime import run
+
+    manifest, calls = make_manifest(compile_model("llama2-7b", Options(device=device))), []
+    atb = types.SimpleNamespace(set_buffer_size=lambda size: calls.append(("set_buffer_size", size)))
+    monkeypatch.setattr(run, "open_device", lambda *args: (atb, types.SimpleNamespace(type="npu"), {}))
+    for name in ("make_caches", "make_constants", "load_weights", "Executor"):
+        monkeypatch.setattr(run, name, lambda *args, name=name, **kwargs: calls.append((name,)))
+    monkeypatch.setattr(run, "Engine", lambda *args, **kwargs: None)
+    monkeypatch.setattr(run, "eos_ids", lambda path: [])
+    words = dict.fromkeys(("max_position_embeddings", "torch_device", "batch_size", "num_blocks", "memory", "graph"))
+    args = types.SimpleNamespace(**words, max_prefill_tokens=0, model_path=".", quiet=True, json=False)
+    run.make_engine(args, Artifact(path=Path(), manifest=manifest), None, [[1] * 900] * 3, SamplingParams(max_tokens=9))
+    step = needed(manifest["memory"], tokens=2700, batch=3, context=909, positions=4096)["workspace"]
+    assert calls[0] == ("set_buffer_size", -(-(step + scratch) // 1024) * 1024)
+    assert calls[-1] == ("Executor",)
+    assert step > 100 << 20
 
 
 def test_ranks_do_not_share_an_npu(rank_1):

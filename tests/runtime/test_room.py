@@ -132,6 +132,31 @@ def test_the_flag_is_the_board_and_the_variable_is_what_a_rank_may_use(flag, env
     assert (limit and limit.usable) == usable
 
 
+def test_buffers_of_collectives_that_outgrow_the_reserve_are_reserved():
+    """HCCL_BUFFSIZE 2000: 2 * 2000 MiB, beside 284 MiB that each rank's libraries hold."""
+    target, large = device("atlas-800i-a2"), {"HCCL_BUFFSIZE": "2000"}
+    limit = memory_limit("32GiB", target, large, backend="hccl")
+    assert limit == Limit(usable=(32768 - 4284) * 2**20, source="--memory 32GiB less 4.18 GiB reserved")
+    for environment, backend in ((large, "lccl"), (large, ""), ({}, "hccl")):
+        limit = memory_limit("32GiB", target, environment, backend=backend)
+        assert limit == Limit(usable=29 * GIB, source="--memory 32GiB less 3.00 GiB reserved")
+
+
+@pytest.mark.parametrize("attention", ["paged", "flash"])
+@pytest.mark.parametrize("limit", [None, 29, 13.8])
+def test_the_workspace_of_the_largest_step_is_known(limit, attention):
+    """That of the plan, for the tokens that one prefill step reads: all prompts, or those that run at a time."""
+    found = room(limit, attention)
+    tokens = sum(sorted(PROMPTS, reverse=True)[: found.max_batch] if attention == "flash" else PROMPTS)
+    if limit == 13.8 and attention == "paged":
+        tokens = 3400  # read again with what they have answered
+    memory = manifest(attention)["memory"]
+    expected = needed(memory, tokens=tokens, batch=found.max_batch, context=1100, positions=4096)["workspace"]
+    assert found.workspace == expected > memory["workspace_at_least"] > 0
+    less = room(limit, attention, prefill_tokens=1000).workspace
+    assert less < found.workspace
+
+
 def test_on_the_host_nothing_is_reserved():
     assert memory_limit("2GB", device("host"), {}) == Limit(usable=2 * 10**9, source="--memory 2GB")
 
