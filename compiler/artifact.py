@@ -23,29 +23,31 @@ from typing import Any
 
 from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.compiled import Compiled
-from llmc.compiler.diagnostics import UserError, portable
+from llmc.compiler.diagnostics import UserError, portable, shorten
 from llmc.compiler.emit.render import render
 from llmc.compiler.emit.rows import graph_name, python_rows
+from llmc.compiler.files import Unreadable, is_within, read_json, read_text
 from llmc.compiler.ir import AtbGraph, AtbTensor, Weight
 from llmc.compiler.listing import operations
+from llmc.compiler.manifest import problems
 from llmc.compiler.passes.phase import PHASES
 from llmc.compiler.passes.segment import Segment
 from llmc.compiler.sharding import Split, named
 
 FORMAT = 3  # of the manifest; raise when a reader of the old one would misunderstand the new one
 MANIFEST = "manifest.json"
-# What a reader relies on.
-KEYS = {"model", "device", "chip", "dtype", "attention", "world_size", "sizes", "rope", "config", "files", "phases"}
-KEYS |= {"inputs", "constants", "caches", "weights", "splits", "backend"}
+CODE_BYTES = 64 << 20
+SHOWN = 10  # problems of a manifest that a message lists
 ATTEMPTS = 100  # writers of one target at the same time: each of them costs the others at most one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
-    """A directory that was read and found whole."""
+    """A directory that was read and found whole. `code`: the text of each module as it was compared with its hash."""
 
     path: Path
     manifest: Mapping[str, Any]
+    code: Mapping[str, str]
 
 
 def default_name(compiled: Compiled) -> str:
@@ -242,33 +244,45 @@ def _put(new: Path, target: Path, scratch: Path) -> None:
 
 
 def read(path: Path) -> Artifact:
-    """Read and check an artifact: complete, of this format, unchanged since it was written."""
+    """Read and check an artifact: complete, of this format, as its schema says, unchanged since it was written.
+
+    The hashes tell damage and edits from what `llmc compile` wrote. They are no signature: who writes an artifact
+    writes its hashes too, and running it runs its Python."""
     if not path.is_dir():
         raise UserError(f"{path} is not a directory", hint="llmc compile GRAPH writes one", code="E501")
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(path / MANIFEST)
     except FileNotFoundError:
         raise _refusal(path, f"has no {MANIFEST}: it is not an artifact, or was left half-written") from None
-    except (OSError, ValueError) as error:
+    except Unreadable as error:
         raise _refusal(path, f"{MANIFEST} cannot be read: {error}") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        age = "newer" if isinstance(found, int) and found > FORMAT else "older or foreign"
-        raise _refusal(path, f"{MANIFEST} has {age} format {found!r}; this llmc reads format {FORMAT}")
-    if manifest.get("sha256") != _manifest_hash(manifest):
+    if type(found) is not int or found != FORMAT:
+        age = "newer" if type(found) is int and found > FORMAT else "older or foreign"
+        raise _refusal(path, f"{MANIFEST} has {age} format {shorten(repr(found))}; this llmc reads format {FORMAT}")
+    if wrong := problems(manifest):
+        more = [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
+        lines = [f"{MANIFEST} is not what this llmc writes:", *wrong[:SHOWN], *more]
+        raise _refusal(path, "\n  ".join(lines))
+    if manifest["sha256"] != _manifest_hash(manifest):
         raise _refusal(path, f"{MANIFEST} was changed after it was written (its sha256 does not fit)")
-    if missing := sorted(KEYS - set(manifest)):
-        raise _refusal(path, f"{MANIFEST} lacks {', '.join(missing)}")
-    if unlisted := [p["module"] for p in manifest["phases"].values() if p["module"] not in manifest["files"]]:
-        raise _refusal(path, f"{MANIFEST} names the module {unlisted[0]} but not its sha256")
-    for name, expected in manifest["files"].items():
-        try:
-            actual = _sha256((path / name).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError):
-            raise _refusal(path, f"{name} is missing or unreadable") from None
-        if actual != expected:
-            raise _refusal(path, f"{name} was changed after it was written (sha256 {actual[:12]}, not {expected[:12]})")
-    return Artifact(path=path, manifest=manifest)
+    code = {name: _code(path, name, expected) for name, expected in manifest["files"].items()}
+    return Artifact(path=path, manifest=manifest, code=code)
+
+
+def _code(path: Path, name: str, expected: str) -> str:
+    """The text of a generated module, which lies in the artifact's directory itself, and not where a link leads."""
+    if not is_within(os.path.realpath(path / name), (os.path.realpath(path),)):
+        raise _refusal(path, f"{name} leads out of the directory")
+    try:
+        text = read_text(path / name, CODE_BYTES)
+    except FileNotFoundError:
+        raise _refusal(path, f"{name} is missing") from None
+    except Unreadable as error:
+        raise _refusal(path, f"{name} cannot be read: {error}") from None
+    if (actual := _sha256(text)) != expected:
+        raise _refusal(path, f"{name} was changed after it was written (sha256 {actual[:12]}, not {expected[:12]})")
+    return text
 
 
 def _refusal(path: Path, problem: str) -> UserError:

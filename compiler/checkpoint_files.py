@@ -10,7 +10,6 @@ download, silently as good as absent), a Git LFS pointer or a login page. Each i
 from __future__ import annotations
 
 import codecs
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -67,12 +66,11 @@ def read_json(path: Path | str, *, code: str = "") -> Any:
     """What a JSON file holds; it must be there. UserError."""
     text = read_text(path, code=code)
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError, MemoryError) as error:
+        return files.parse_json(text)
+    except files.Unreadable as error:
         if other := nature(path):
             raise UserError(f"{path} is {other[0]}", hint=other[1], code=code) from None
-        why = f"it is not valid JSON: {error}" if isinstance(error, ValueError) else "it is nested too deeply"
-        raise UserError(f"{path} cannot be read: {why}", code=code) from None
+        raise UserError(f"{path} cannot be read: {error}", code=code) from None
 
 
 def read_object(path: Path | str, *, code: str = "") -> dict[str, Any]:

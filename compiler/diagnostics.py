@@ -36,6 +36,11 @@ def portable(place: str) -> str:
     return "".join(c if c.isprintable() and c not in "\"'\\" else "_" for c in name)
 
 
+def shorten(text: str, limit: int = 60) -> str:
+    """A value of somebody's input as a message may quote it: long ones lose their middle."""
+    return text if len(text) <= limit else f"{text[: limit - 13]}...{text[-10:]}"
+
+
 CODES: Mapping[str, str] = {
     # 0xx: reading
     "E001": "file cannot be read",

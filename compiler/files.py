@@ -5,9 +5,18 @@ data = read_bytes("graphs/mine.yaml", 1 << 20)      # or Unreadable("it is a pip
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+from collections import Counter
 from pathlib import Path
+from typing import Any
+
+from llmc.compiler.diagnostics import shorten
+
+JSON_BYTES = 64 << 20  # indices and tokenizer settings of the largest models have a few MiB
+JSON_DEPTH = 100
+DIGITS = 400  # a float ends at 309; tokenizers say 1000000000000000019884624838656 for "no limit"
 
 KINDS = {
     stat.S_IFDIR: "it is a directory",
@@ -53,6 +62,46 @@ def read_text(path: str | os.PathLike[str], limit: int) -> str:
         return read_bytes(path, limit).decode("utf-8")
     except UnicodeDecodeError as error:
         raise Unreadable(f"it is not UTF-8 text: byte 0x{error.object[error.start]:02x} at {error.start}") from None
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The value of a JSON file. FileNotFoundError or Unreadable."""
+    return parse_json(read_text(path, JSON_BYTES))
+
+
+def parse_json(text: str) -> Any:
+    """The same of a text. Unreadable also for what Python would take and nobody means: a key that is said twice."""
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+    except RecursionError:
+        raise Unreadable(f"it is nested more than {JSON_DEPTH} deep") from None
+    except ValueError as error:
+        raise Unreadable(f"it is not valid JSON: {error}") from None
+    level = [value]
+    for _ in range(JSON_DEPTH):
+        level = [
+            v
+            for one in level
+            if isinstance(one, (dict, list))
+            for v in (one.values() if isinstance(one, dict) else one)
+        ]
+    if level:
+        raise Unreadable(f"it is nested more than {JSON_DEPTH} deep")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise Unreadable(f"the key {shorten(twice)!r} is said twice")
+    return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise Unreadable(f"it holds a number of {len(digits)} digits")
+    return int(digits)
 
 
 def kind(path: str | os.PathLike[str]) -> str:

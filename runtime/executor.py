@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -40,7 +41,7 @@ class Executor:
         comm_domain: str = "0",
         rank_table_file: str = "",
     ) -> None:
-        self.manifest = artifact.manifest
+        self.manifest, self.path = artifact.manifest, artifact.path
         self.tensors: dict[str, torch.Tensor] = {**weights, **constants, **caches}
         if problems := list(mismatches(self.manifest, self.tensors)):
             more = [f"  and {len(problems) - 20} more"] if len(problems) > 20 else []
@@ -55,8 +56,13 @@ class Executor:
         ranks = (rank, self.manifest["world_size"], comm_domain, rank_table_file)
         self.phases: dict[str, list[tuple[Any, list[str], list[str], list[str]]]] = {}
         for phase, entry in self.manifest["phases"].items():
-            operations = load_module(artifact, entry["module"])["build"](atb, *ranks)
             segments = entry["segments"]
+            with told(f"{artifact.path / entry['module']} cannot be built"):
+                operations = load_module(artifact, entry["module"])["build"](atb, *ranks)
+                if len(operations) != len(segments):
+                    raise UserError(
+                        f"it builds {len(operations)} operations; the manifest has {len(segments)} segments"
+                    )
             self.phases[phase] = [
                 (operation, part["inputs"], part["outputs"], done)
                 for operation, part, done in zip(operations, segments, last_reads(segments), strict=True)
@@ -79,14 +85,25 @@ class Executor:
         self.inputs = inputs  # calls that are queued hold addresses, not tensors
         live: dict[str, torch.Tensor] = {**self.tensors, **inputs}
         try:
-            for operation, names, outputs, done in self.phases[phase]:
-                results = operation.forward([live[name] for name in names])
-                live.update(zip(outputs, results, strict=True))
-                for name in done:
-                    del live[name]
+            with told(f"{self.path}: {phase} cannot run"):
+                for operation, names, outputs, done in self.phases[phase]:
+                    results = operation.forward([live[name] for name in names])
+                    live.update(zip(outputs, results, strict=True))
+                    for name in done:
+                        del live[name]
         finally:
             self.queued.set()
         return live["logits"].flatten(1)  # ranks' shares stand side by side: [B, W, vocab / W]
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Generated code is somebody's code: whatever it raises is a message that says where."""
+    try:
+        yield
+    except Exception as error:
+        why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{what}: {why}", hint="compile it again with this llmc", code="E501") from error
 
 
 def last_reads(segments: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -116,8 +133,8 @@ def mismatches(manifest: Mapping[str, Any], tensors: Mapping[str, Any]) -> Itera
 
 
 def load_module(artifact: Artifact, name: str) -> dict[str, Any]:
-    """The names that a generated module defines. `artifact.read` has compared its hash with the manifest."""
+    """The names that a generated module defines: the text that `artifact.read` compared with its hash."""
     path = artifact.path / name
     namespace: dict[str, Any] = {"__name__": f"llmc_generated_{path.stem}", "__file__": str(path)}
-    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), namespace)
+    exec(compile(artifact.code[name], str(path), "exec"), namespace)
     return namespace

@@ -87,10 +87,6 @@ def make_room(
     budget = prefill_tokens or max(PREFILL_TOKENS, longest)
     room = Room(sizes={"N": blocks or enough, "B": batch, "S": longest}, max_batch=batch, prefill_tokens=budget)
     memory = manifest["memory"]
-    if limit is None and "steps" not in memory:
-        return room
-    if "steps" not in memory:
-        raise UserError("the artifact does not say what a step needs", hint="compile it again", code="E501")
     flash = manifest["attention"] == "flash"
     symbol, asked, least = ("B", batch, 1) if flash else ("N", blocks or enough, blocks_for(longest, BLOCK_SIZE))
 

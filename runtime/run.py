@@ -29,6 +29,7 @@ import torch
 
 from llmc.compiler import artifact as artifacts
 from llmc.compiler.diagnostics import UserError
+from llmc.compiler.files import Unreadable, parse_json
 from llmc.compiler.language.build import load_model
 from llmc.compiler.language.checkpoint import check_artifact_config, check_config, choose_variant, read_config
 from llmc.compiler.options import Options
@@ -92,7 +93,7 @@ def prepare(args: argparse.Namespace, team: Team | None, cleanup: contextlib.Exi
     sizes = artifact.manifest["sizes"]
     longest = min(sizes["max_positions"], args.max_position_embeddings or sizes["max_positions"])
     for index, prompt in enumerate(ids):
-        check_prompt(index, prompt, vocab=sizes["vocab"], max_length=longest)
+        check_prompt(index, prompt, vocab=sizes.get("vocab"), max_length=longest)
     room_for(args, artifact.manifest, ids, params)
     return Asked(params=params, tokenizer=tokenizer, prompts=prompts, ids=ids, artifact=artifact)
 
@@ -224,9 +225,9 @@ def _numpy_prompts(path: Path) -> list[Prompt]:
 def _json_prompt(line: str, place: str) -> Prompt:
     """A string, token ids, a conversation, or an object with one of them as messages, prompt, text, ..."""
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not JSON: {error}") from None
+        value = parse_json(line)
+    except Unreadable as error:
+        raise UserError(f"{place}: {error}") from None
     if isinstance(value, dict):
         value = next(
             (value[key] for key in ("messages", "prompt", "text", "question", "content") if key in value), None

@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llmc.compiler.diagnostics import UserError
 from llmc.compiler.listing import LAYER, at_layer, collapse, expand, in_layer, layer_numbers
 from llmc.compiler.passes.phase import PHASES
 from llmc.compiler.reports.show import show_bytes
@@ -48,13 +47,11 @@ def sections(manifest: Mapping[str, Any]) -> Sections:
         "inputs": {name: {"type": _type(t), "host": t["host"]} for name, t in manifest["inputs"].items()},
         "constants": {name: {"type": _type(t), "kind": t["kind"]} for name, t in manifest["constants"].items()},
         "caches": {name: {"type": _type(t)} for name, t in manifest["caches"].items()},
-        "weights": {name: _weight(name, w, manifest.get("splits", {})) for name, w in manifest["weights"].items()},
+        "weights": {name: _weight(name, w, manifest["splits"]) for name, w in manifest["weights"].items()},
     }
     for phase in PHASES:
-        facts = manifest["phases"][phase]
-        if "operations" not in facts:
-            raise UserError("an artifact of another version lists no operations", hint="compile it again", code="E501")
-        found[phase] = {name: _operation(entry) for name, entry in expand(facts["operations"])}
+        operations = expand(manifest["phases"][phase]["operations"])
+        found[phase] = {name: _operation(entry) for name, entry in operations}
     return found
 
 

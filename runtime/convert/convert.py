@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmc.compiler import files
 from llmc.compiler.checkpoint_files import nature, present
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.target.device import DTYPES
@@ -211,8 +212,8 @@ def _finished(plan: Plan, target: Path, in_place: bool, force: bool) -> dict[str
             )
         return {}
     try:
-        record = json.loads(progress_file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        record = files.read_json(progress_file)
+    except files.Unreadable:
         record = {}
     if (
         not isinstance(record, dict)

@@ -65,6 +65,16 @@ def make_constants(
     manifest: Mapping[str, Any], positions: int, device: torch.device | str = "cpu"
 ) -> dict[str, torch.Tensor]:
     """Masks and rope tables. `positions`: the longest sequence that will run (P)."""
+    try:
+        return _make_constants(manifest, positions, device)
+    except RuntimeError as error:  # as of caches
+        raise UserError(
+            f"the masks and rope tables of {positions} positions do not fit: {str(error).splitlines()[0]}",
+            hint="a smaller --max-position-embeddings",
+        ) from None
+
+
+def _make_constants(manifest: Mapping[str, Any], positions: int, device: torch.device | str) -> dict[str, torch.Tensor]:
     made: dict[str, torch.Tensor] = {}
     tables: dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
     for name, constant in manifest["constants"].items():

@@ -17,6 +17,7 @@ import pytest
 
 from llmc.compiler import artifact
 from llmc.compiler.diagnostics import UserError
+from llmc.compiler.manifest import problems
 from llmc.compiler.memory import evaluate, largest
 from llmc.compiler.options import Options
 from llmc.compiler.pipeline import compile_model
@@ -193,6 +194,150 @@ def test_a_damaged_artifact_is_refused_with_its_path_and_the_reason(written, dam
     with pytest.raises(UserError, match=words) as error:
         artifact.read(written)
     assert str(written) in str(error.value)
+
+
+@pytest.mark.parametrize("device", ["host", "atlas-800i-a2", "atlas-300i-duo"])
+@pytest.mark.parametrize("attention", ["paged", "flash"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_schema_fits_what_is_written(device, attention, world_size):
+    options = Options(
+        device=device, attention=attention, world_size=world_size, dtype="float16", allow_unsupported=True
+    )
+    files = artifact.files_of(compile_model("smollm2-135m", options))
+    assert problems(json.loads(files["manifest.json"])) == []
+
+
+PARTS = "parts: {q: {out: hidden, heads: heads}, k: {out: hidden, heads: heads}, v: {out: hidden, heads: heads}}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'blocks: {attention: {nodes: {qkv: {op: linear, x: x, tp: column, weight: "l.{i}.W", bias: "{i}", PARTS}}}}',
+        'blocks: {attention: {nodes: {qkv: {op: linear, x: x, tp: column, weight: "{i}", groups: heads, PARTS}}}}',
+        'blocks: {mlp: {nodes: {down: {bias: "l.{i}.b"}}}}',
+        "rope: {scaling: {type: yarn, factor: 2, original_max_positions: 64, truncate: false, mscale: 1}}",
+        "rope: {scaling: {type: dynamic, factor: 2, original_max_positions: 64}}",
+        "policy: [{nodes: lm_head, dtype: bfloat16}]",
+    ],
+)
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_schema_fits_what_variants_add(text, world_size, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"extends: llama2-7b\nname: mine\nsizes: {{layers: 2}}\n{text.replace('PARTS', PARTS)}\n")
+    options = Options(device="host", dtype="bfloat16", world_size=world_size)
+    assert problems(json.loads(artifact.files_of(compile_model(str(path), options))["manifest.json"])) == []
+
+
+WEIGHT = "layers.0.attn.qkv.weight"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("device",), 7, "device: expected 'atlas-300i-duo', 'atlas-800i-a2' or 'host'; found 7"),
+        (("world_size",), 0, r"world_size: expected a world size (1 to 1024); found 0"),
+        (("world_size",), True, "found true"),
+        (("world_size",), 2, "backend: expected that of the collectives of 2 ranks"),
+        (("sizes", "max_positions"), None, "sizes.max_positions: expected a size (1 to 2^48); found null"),
+        (("sizes", "max_positions"), "x" * 5000, 'found "xxx'),
+        (("sizes", "eps"), float("nan"), "sizes.eps: expected a finite number; found NaN"),
+        (("sizes", "eps"), float("inf"), "found Infinity"),
+        (("rope", "theta"), -1.0, "rope.theta: expected a finite number above 0; found -1.0"),
+        (("rope", "scaling"), {"type": "linear"}, "rope.scaling lacks factor"),
+        (("weights",), [], "weights: expected an object; found a list of 0"),
+        (
+            ("weights", WEIGHT, "shape"),
+            [960, -576],
+            f"weights['{WEIGHT}'].shape[1]: expected a size (1 to 2^48); found -576",
+        ),
+        (("weights", WEIGHT, "shape"), [961, 576], "expected what its sources give, [960, 576]; found [961, 576]"),
+        (("weights", WEIGHT, "shape"), [10**30, 576], "found 1000000000"),
+        (("weights", WEIGHT, "dtype"), "float99", "dtype: expected 'float16', 'bfloat16'"),
+        (("weights", WEIGHT, "splits"), ["nowhere"], "splits: expected 0 names"),
+        (("weights", WEIGHT, "sources", 0, "rows"), {"groups": 2}, "sources[0].rows lacks stride, offset, size"),
+        (("weights", WEIGHT, "extra"), 1, "extra: unknown; expected sources, axis"),
+        (("phases", "prefill", "module"), "../prefill.py", "phases.prefill.module: expected the name of a Python file"),
+        (
+            ("phases", "prefill", "module"),
+            "/etc/passwd",
+            "expected the name of a Python file in the artifact's directory",
+        ),
+        (("phases", "prefill", "module"), "other.py", "names the module other.py but not its sha256"),
+        (("phases", "prefill", "segments", 0, "inputs", 0), "nobody", "nothing before it makes 'nobody'"),
+        (("phases", "prefill", "operations", 0, "layers"), "0-99999999", "expected numbers and ranges of layers"),
+        (("phases", "chunk"), {}, "phases.chunk: unknown; expected prefill, decode"),
+        (("caches",), {}, "caches: expected those of the attention nodes; found none"),
+        (("memory", "steps", "decode", "workspace"), [], "memory.steps.decode: expected a form"),
+        (("memory", "cache"), {"X": 1}, "memory.cache: expected symbols of T, B, M, N, P, S"),
+        (("\x1b[31m",), 1, "unknown; expected"),
+        (("files", "../../x.py"), "0" * 64, "expected the name of a Python file"),
+        (("files", "gone.py"), "0" * 64, "gone.py is missing"),
+    ],
+)
+def test_a_field_that_is_wrong_is_named_with_what_was_expected(written, path, value, words):
+    manifest = json.loads((written / "manifest.json").read_text())
+    inner = manifest
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    for write in (lambda file: forge(file, **manifest), lambda file: file.write_text(json.dumps(manifest))):
+        write(written / "manifest.json")  # also where its hash is not mended
+        with pytest.raises(UserError) as caught:
+            artifact.read(written)
+        if "is missing" in words:  # that is looked at last
+            break
+        assert words in str(caught.value)
+        assert len(str(caught.value)) < 1000
+        assert str(written) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"format": 3, "model": "a", "model": "b"}', "the key 'model' is said twice"),
+        ("[" * 100_000, "nested more than 100 deep"),
+        ("[" * 500 + "]" * 500, "nested more than 100 deep"),
+        ('{"a":' * 100_000, "nested more than 100 deep"),
+        ('{"format": ' + "9" * 200_000 + "}", "a number of 200000 digits"),
+        ('{"format": 1e999}', "older or foreign format inf"),
+        ('{"format": true}', "older or foreign format True"),
+        ('{"format": "' + "x" * 100_000 + '"}', "format 'xxxx"),
+        ("", "not valid JSON"),
+        ("nul", "not valid JSON"),
+        ("\ufeff{}", "not valid JSON"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_json_that_no_writer_makes_is_one_short_message(written, text, words):
+    (written / "manifest.json").write_text(text)
+    with pytest.raises(UserError) as caught:
+        artifact.read(written)
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_module_that_leads_out_of_the_directory_is_refused(written, tmp_path):
+    text = (written / "prefill.py").read_text()
+    (tmp_path / "prefill.py").write_text(text)
+    (written / "prefill.py").unlink()
+    (written / "prefill.py").symlink_to(tmp_path / "prefill.py")
+    with pytest.raises(UserError, match=r"prefill\.py leads out of the directory"):
+        artifact.read(written)
+    (written / "prefill.py").unlink()
+    (written / "..data").mkdir()  # as Kubernetes mounts files
+    (written / "..data" / "prefill.py").write_text(text)
+    (written / "prefill.py").symlink_to("..data/prefill.py")
+    artifact.read(written)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "prefill.py"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_file_does_not_hang(written, name, make):
+    (written / name).unlink()
+    make(written / name)
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        artifact.read(written)
 
 
 def test_the_memory_plan_counts_the_activations_that_live_together(written):

@@ -193,7 +193,7 @@ def test_a_step_waits_for_what_a_failed_one_queued(built, tensors, monkeypatch):
     executor = Executor(built, queue.atb, **tensors)
     segments = executor.phases["prefill"]
     executor.phases["prefill"] = [*segments, (None, [], [], [])]
-    with pytest.raises(AttributeError):
+    with pytest.raises(UserError, match="prefill cannot run"):
         executor.run("prefill", steps[0])
     queued = len(queue.calls)
     assert (queued > 0, queue.done) == (True, 0)

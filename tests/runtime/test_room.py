@@ -109,14 +109,6 @@ def test_a_smaller_prefill_leaves_more_for_the_cache():
     assert room(13.6, prefill_tokens=1000).sizes["N"] > room(13.6).sizes["N"]
 
 
-def test_an_artifact_that_does_not_say_what_a_step_needs_is_named():
-    old = {**manifest(), "memory": {"weight_bytes": 1}}
-    options: dict[str, Any] = {"answer": 1, "max_batch": 1, "positions": 8}
-    assert make_room(old, [3], **options).sizes["N"] == 1
-    with pytest.raises(UserError, match="compile it again"):
-        make_room(old, [3], **options, limit=Limit(usable=GIB, source="x"))
-
-
 @pytest.mark.parametrize(
     ("flag", "environment", "usable"),
     [

@@ -360,7 +360,7 @@ def test_a_numpy_file_holds_a_prompt_a_row(tmp_path):
     [
         ("a.csv", b"1,b\n", "a.csv:1 must be token ids"),
         ("a.jsonl", b'"x"\n{"y": 1}\n', "a.jsonl:2 must be a text"),
-        ("a.jsonl", b"{\n", "a.jsonl:1 is not JSON"),
+        ("a.jsonl", b"{\n", "a.jsonl:1: it is not valid JSON"),
         ("a.txt", b"\n \n", "holds no prompt"),
         ("a.txt", b"\xff\xfe", "cannot be read"),
         ("a.npy", b"nonsense", "cannot be read"),
