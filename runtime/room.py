@@ -21,6 +21,7 @@ from llmc.compiler.target.device import Device, held_bytes, parse_size
 from llmc.runtime.engine.blocks import BLOCK_SIZE, blocks_for
 
 GIB = 1 << 30
+HOLES = 0.13  # of a workspace at most, that libatb's first fit leaves in it (compiler/memory.py)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class Room:
     sizes: Mapping[str, int]
     max_batch: int
     prefill_tokens: int  # most in one step
-    workspace: int = 0  # bytes of the largest step's, 0 where the artifact does not say
+    workspace: int = 0  # bytes of values between nodes in the largest step; 0 where the artifact does not say
     note: str = ""  # where it is less than the whole batch would fill
 
 
@@ -66,6 +67,12 @@ def memory_limit(
     if not text.isdecimal() or not 0 < int(text) < 2**20:
         raise UserError(f"MAX_MEMORY_GB={text}: expected a whole number of GiB, at least 1")
     return Limit(usable=int(text) * GIB, source=f"MAX_MEMORY_GB={text}")
+
+
+def workspace_size(room: Room, target: Device) -> int:
+    """Bytes that torch_atb's workspace needs for every step of the run: values between nodes, holes between these, and
+    the kernels' scratch. The last two are in the device's reserve."""
+    return int(room.workspace * (1 + HOLES)) + sum(line.size for line in target.held if line.workspace)
 
 
 def make_room(

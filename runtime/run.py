@@ -47,7 +47,7 @@ from llmc.runtime.executor import Executor
 from llmc.runtime.flags import DEFAULT_QUESTION, attention_of, check_run_flags, dtype_of, sampling_of, words_of
 from llmc.runtime.hostatb.numeric import free_memory
 from llmc.runtime.ranks import Team
-from llmc.runtime.room import Room, make_room, memory_limit
+from llmc.runtime.room import Room, make_room, memory_limit, workspace_size
 from llmc.runtime.weights import check_directory, load_weights, progress_bar
 
 TORCH_DEVICE = re.compile(r"(?P<kind>cpu|cuda|npu)(?::(?P<index>[0-9]{1,3}))?")
@@ -438,8 +438,7 @@ def make_engine(
         note(room.note)
     atb, device, ranks = open_device(manifest, args.torch_device, team)
     if device.type == "npu" and room.workspace:
-        scratch = sum(line.size for line in device_profile(manifest["device"]).held if line.workspace)
-        npu.set_workspace(atb, room.workspace + scratch)
+        npu.set_workspace(atb, workspace_size(room, device_profile(manifest["device"])))
     if team:
         team.meet()
     note_memory(manifest["memory"]["weight_bytes"] * (team.place.local_world_size if team else 1), device)

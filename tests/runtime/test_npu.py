@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -334,9 +333,9 @@ def test_the_formats_of_the_device_decide_whether_nz_is_allowed(formats, rank_1,
 
 @pytest.mark.parametrize(("device", "scratch"), [("atlas-800i-a2", 188 << 20), ("atlas-300i-duo", 0)])
 def test_the_workspace_has_the_size_of_the_largest_step_before_a_graph_is_built(device, scratch, monkeypatch):
-    """What the memory plan says, and the kernels' scratch: torch_atb would begin with 100 MiB and grow in the middle of
-    steps. It reads the size when the first step asks for a workspace."""
-    from llmc.compiler.artifact import Artifact, make_manifest
+    """What the memory plan says, 13 % for holes, and the kernels' scratch: torch_atb would begin with 100 MiB and grow
+    in the middle of steps. It reads the size when the first step asks for a workspace."""
+    from llmc.compiler.artifact import make_manifest
     from llmc.compiler.memory import needed
     from llmc.compiler.options import Options
     from llmc.compiler.pipeline import compile_model
@@ -351,9 +350,10 @@ def test_the_workspace_has_the_size_of_the_largest_step_before_a_graph_is_built(
     monkeypatch.setattr(run, "eos_ids", lambda path: [])
     words = dict.fromkeys(("max_position_embeddings", "torch_device", "batch_size", "num_blocks", "memory", "graph"))
     args = types.SimpleNamespace(**words, max_prefill_tokens=0, model_path=".", quiet=True, json=False)
-    run.make_engine(args, Artifact(path=Path(), manifest=manifest), None, [[1] * 900] * 3, SamplingParams(max_tokens=9))
+    artifact = types.SimpleNamespace(manifest=manifest)
+    run.make_engine(args, artifact, None, [[1] * 900] * 3, SamplingParams(max_tokens=9))
     step = needed(manifest["memory"], tokens=2700, batch=3, context=909, positions=4096)["workspace"]
-    assert calls[0] == ("set_buffer_size", -(-(step + scratch) // 1024) * 1024)
+    assert calls[0] == ("set_buffer_size", -(-(int(step * 1.13) + scratch) // 1024) * 1024)
     assert calls[-1] == ("Executor",)
     assert step > 100 << 20
 
