@@ -9,33 +9,19 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tiny_files import CORPUS, byte_level
+from tokenizers import AddedToken, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as Fast
 
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.engine.tokenizer import TextStream, Tokenizer, load_tokenizer, render_chat
 
-CORPUS = ["the quick brown fox jumps over the lazy dog", "Hello world, hello there!", "naïve café 你好 😀 ok"] * 20
 TEXTS = ["Hello world", " two  spaces ", "", "naïve 你好 😀!", "a\nb\tc", "<s> not special? </s>", "the fox", "🤦🏽‍♂️"]
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}[{{ m.content | trim }}]\n"
     "{% else %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-
-
-def byte_level() -> Fast:
-    fast = Fast(models.BPE())
-    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    fast.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"])
-    )
-    fast.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", fast.token_to_id("<s>"))]
-    )
-    return fast
 
 
 def llama_style() -> Fast:
