@@ -14,7 +14,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as Fast
 
 from llmc.compiler.diagnostics import UserError
-from llmc.runtime.engine.tokenizer import TextStream, Tokenizer, load_tokenizer, render_chat
+from llmc.runtime.engine.tokenizer import TextStream, Tokenizer, eos_ids, load_tokenizer, render_chat
 
 TEXTS = ["Hello world", " two  spaces ", "", "naïve 你好 😀!", "a\nb\tc", "<s> not special? </s>", "the fox", "🤦🏽‍♂️"]
 TEMPLATE = (
@@ -101,6 +101,63 @@ def test_several_eos_ids_from_the_generation_config(checkpoint, tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
     assert load_tokenizer(tmp_path).eos_ids == {7, 9}
+
+
+ABSENT = object()
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = tmp_path_factory.mktemp("eos")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("config", [ABSENT, None, 5, [5, 6]], ids=["absent", "null", "one", "list"])
+@pytest.mark.parametrize(
+    "generation", [None, {}, {"eos_token_id": None}, {"eos_token_id": 7}, {"eos_token_id": [7, 9]}], ids=json.dumps
+)
+def test_answers_end_where_those_of_transformers_do(tiny_llama, tmp_path, config, generation):
+    from transformers import AutoModelForCausalLM
+
+    said = json.loads((tiny_llama / "config.json").read_text())
+    said.pop("eos_token_id")
+    said |= {} if config is ABSENT else {"eos_token_id": config}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    (tmp_path / "model.safetensors").symlink_to(tiny_llama / "model.safetensors")
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    settings, _ = model._prepare_generation_config(None)
+    model._prepare_special_tokens(settings, True, device="cpu")
+    expected = settings._eos_token_tensor
+    assert eos_ids(tmp_path) == frozenset([] if expected is None else expected.tolist())
+
+
+@pytest.mark.parametrize("generation", [None, {}, {"eos_token_id": None}, {"eos_token_id": []}])
+def test_the_tokenizer_says_where_answers_end_if_no_configuration_does(checkpoint, tmp_path, generation):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((checkpoint / name).read_bytes())
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    ours = load_tokenizer(tmp_path)
+    assert ours.decode(ours.eos_ids, skip_special=False) == "</s>"
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert load_tokenizer(tmp_path).eos_ids == {7}
+
+
+@pytest.mark.parametrize("value", ["7", '"x"', "[7, null]", "true", "7.5", "{}", "[[7]]", "1e999"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_end_that_is_no_id_is_refused(tmp_path, name, value):
+    (tmp_path / name).write_text(f'{{"eos_token_id": {value}}}')
+    if value == "7":
+        assert eos_ids(tmp_path) == {7}
+        return
+    with pytest.raises(UserError, match=rf"{name}: an end or start token must be an id or a list of ids"):
+        eos_ids(tmp_path)
 
 
 @pytest.mark.parametrize("kind", MAKERS)
