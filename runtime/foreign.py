@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import sys
 import tempfile
@@ -46,3 +47,22 @@ def no_questions() -> Iterator[None]:
         else:
             os.dup2(saved, 0)
             os.close(saved)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No warnings about files of which we say ourselves what is wrong."""
+    from transformers.utils import logging as transformers_logging
+
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether a library gave up, and not the user. Panics of the ones in Rust are no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -12,7 +12,6 @@ directory of this architecture cannot say is refused, never dropped.
 from __future__ import annotations
 
 import importlib
-import logging
 import math
 import re
 import struct
@@ -25,7 +24,7 @@ from llmc.compiler.checkpoint_files import present
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.convert.gguf_file import Damaged, StoredTensor, read
 from llmc.runtime.convert.plan import Plan, Tensor, write_json
-from llmc.runtime.foreign import alone, no_questions
+from llmc.runtime.foreign import alone, is_failure, no_questions, quiet_transformers
 
 if TYPE_CHECKING:
     import numpy
@@ -70,6 +69,7 @@ REFUSED_KEYS: Mapping[str, Any] = {
 # resulting factors; they are recomputed from these and must agree (source: config.json of those models).
 LLAMA3_ROPE = (1.0, 4.0, 8192)
 
+MAX_TOKEN = 4096  # published ones have some hundreds; the time to rebuild merges grows with the square
 MAX_FLOAT32 = 3.4028234663852886e38
 CHUNK_VALUES = 1 << 22  # values dequantised at once: 16 MiB of float32
 
@@ -455,6 +455,8 @@ def _tokenizer_files(header: Header, config: Mapping[str, Any]) -> tuple[list[st
         note = "the file holds no vocabulary; tokenizer.json is not written"
         return [note], lambda target: write_json(target / "generation_config.json", generation)
 
+    if (longest := max(map(len, tokens))) > MAX_TOKEN:
+        raise UserError(f"{header.path}: a token has {longest} characters; no vocabulary has more than {MAX_TOKEN}")
     notes, text = _tokenizer_json(header)
     special = {
         f"{ours}_token": tokens[token]
@@ -485,7 +487,6 @@ def _tokenizer_json(header: Header) -> tuple[list[str], str]:
     """
     try:
         from transformers import AutoTokenizer
-        from transformers.utils import logging as transformers_logging
     except ImportError as error:
         raise UserError(
             "the tokenizer of a GGUF needs the transformers package", hint="pip install 'llmc[convert]'"
@@ -493,19 +494,16 @@ def _tokenizer_json(header: Header) -> tuple[list[str], str]:
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
     kind, pre = header.meta.get("tokenizer.ggml.model"), header.meta.get("tokenizer.ggml.pre")
-    with alone(header.path) as path, no_questions():
-        logger = logging.getLogger("transformers")
-        level = logger.level
-        transformers_logging.set_verbosity_error()
+    with alone(header.path) as path, no_questions(), quiet_transformers():
         try:
             loaded = AutoTokenizer.from_pretrained(
                 str(path.parent), gguf_file=path.name, local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:  # whatever transformers raises on a vocabulary that it cannot convert
-            why = str(error)[:300]
+        except BaseException as error:  # whatever transformers raises on a vocabulary that it cannot convert
+            if not is_failure(error):
+                raise
+            why = str(error).replace(str(path), str(header.path))[:300]
             raise UserError(f"{header.path}: transformers cannot convert the tokenizer {kind!r:.60}: {why}") from None
-        finally:
-            logger.setLevel(level)
     tokenizer = Tokenizer.from_str(loaded.backend_tokenizer.to_str())
     notes = []
     if kind == "llama":

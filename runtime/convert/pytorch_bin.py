@@ -99,9 +99,7 @@ def _load(path: Path) -> Mapping[str, torch.Tensor]:
     present(path)
     if other := nature(path, binary=True):
         raise UserError(f"{path} is {other[0]}, not a PyTorch file", hint=other[1])
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        _check_archive(path)
+    zipped = _is_archive(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; a file that cannot be read is an error below
@@ -127,12 +125,15 @@ def _load(path: Path) -> Mapping[str, torch.Tensor]:
     return _checked(path, content)
 
 
-def _check_archive(path: Path) -> None:
-    """torch stores its records as they are, one after the other; a compressed or a shared one may be of any size."""
+def _is_archive(path: Path) -> bool:
+    """False for a file from before torch 1.6. torch stores its records as they are, one after the other: UserError for
+    compressed or shared ones, which may be of any size."""
     try:
+        if not zipfile.is_zipfile(path):
+            return False
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise UserError(f"{path} cannot be read as a PyTorch file: {error}", hint="download it again") from None
     names = {record.filename.partition("/")[2] for record in records}
     if "constants.pkl" in names:
@@ -146,6 +147,7 @@ def _check_archive(path: Path) -> None:
         raise UserError(f"{path}: {packed[0]} is compressed, as PyTorch never does", hint="save it again with torch")
     if sum(record.file_size for record in records) > path.stat().st_size:
         raise UserError(f"{path}: its records have more bytes than the file", hint="download it again")
+    return True
 
 
 def _checked(path: Path, content: Any) -> Mapping[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from typing import Any
 from llmc.compiler.checkpoint_files import nature, present, read_object, read_text
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.engine.chat import render_chat
-from llmc.runtime.foreign import alone, no_questions
+from llmc.runtime.foreign import alone, is_failure, no_questions, quiet_transformers
 
 REPLACEMENT = "\ufffd"  # what decoders print for bytes that are not yet, or never, a character
 
@@ -185,18 +185,19 @@ def _fast(file: Path) -> tuple[Any, Any, Any, frozenset[int]]:
 
 
 @contextmanager
-def _told(file: Path) -> Iterator[None]:
-    """What a library says of a file that it cannot use, as one message. Rust's panics are no `Exception`."""
+def _told(file: Path, read: Path | None = None) -> Iterator[None]:
+    """What a library says of a file that it cannot use, as one message; `read` is the name under which it knows it."""
     try:
         yield
     except UserError:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not is_failure(error):
             raise
         if other := nature(file):
             raise UserError(f"{file} is {other[0]}", hint=other[1]) from None
-        raise UserError(f"{file} cannot be read: {str(error)[:300] or type(error).__name__}") from None
+        why = str(error).replace(str(read or file), str(file))[:300]
+        raise UserError(f"{file} cannot be read: {why or type(error).__name__}") from None
 
 
 def _sentencepiece(path: Path, config: Mapping[str, Any]) -> tuple[Any, Any, Any, frozenset[int]]:
@@ -226,7 +227,7 @@ def _sentencepiece(path: Path, config: Mapping[str, Any]) -> tuple[Any, Any, Any
     if named is not None and not _is_tokenizer(transformers, named):
         raise UserError(f"{path}: transformers has no tokenizer of the tokenizer_class {str(named)[:80]!r}")
     small = [path / name for name in ("special_tokens_map.json", "added_tokens.json")]
-    with alone(file, *filter(present, small)) as link, no_questions(), _told(file):
+    with alone(file, *filter(present, small)) as link, no_questions(), quiet_transformers(), _told(file, link):
         about = {"model_type": str(model.get("model_type", "llama"))} | ({"tokenizer_class": named} if named else {})
         kept = {key: value for key, value in config.items() if key not in ("auto_map", "chat_template")}
         (link.parent / "config.json").write_text(json.dumps(about))
