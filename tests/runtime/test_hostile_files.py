@@ -256,7 +256,7 @@ def test_an_original_llama3_vocabulary_of_text_is_not_taken_for_a_page(tmp_path)
     ("text", "words"),
     [
         ("{", "not valid JSON"),
-        ("[" * 100_000, "nested too deeply"),
+        ("[" * 100_000, "nested more than"),
         ("[]", "no weight_map of tensor names to file names"),
         ("{}", "no weight_map of tensor names to file names"),
         ('{"weight_map": []}', "no weight_map of tensor names to file names"),
