@@ -93,8 +93,10 @@ def indexed_files(index: Path, suffix: str, *, code: str = "") -> list[Path]:
             f"{index} cannot be read: its weight_map is empty", hint="download it again, or remove it", code=code
         )
     for name in weight_map.values():  # a file elsewhere is never what a download wrote
-        if not isinstance(name, str) or Path(name).name != name or "\0" in name or not name.endswith(suffix):
-            raise UserError(f"{index} names {name!r}, which is not a {suffix} file of this directory", code=code)
+        plain = isinstance(name, str) and Path(name).name == name and "\0" not in name
+        if not plain or not name.endswith(suffix):
+            why = "" if plain else "; it is not the name of a file"
+            raise UserError(f"{index} names {name!r}, which is not a {suffix} file of this directory{why}", code=code)
     return [index.parent / name for name in sorted(set(weight_map.values()))]
 
 

@@ -42,7 +42,9 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         return read_object(file, code="E502")
     except UserError as error:
         hint = error.hint or "--model-path names a directory with config.json and safetensors files"
-        raise UserError(f"cannot read the configuration of a model: {error.message}", hint=hint, code="E502") from None
+        why = error.message.removeprefix(f"{file} ").removeprefix("cannot be read: ")
+        why = f"it {why}" if why.startswith(("is ", "must ")) else why
+        raise UserError(f"cannot read {file!r}: {why}", hint=hint, code="E502") from None
 
 
 def check_config(model: Model, config: Mapping[str, Any], config_path: str = "config.json") -> None:
