@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llmc.compiler.diagnostics import DiagnosticError, UserError, did_you_mean
+from llmc.compiler.diagnostics import DiagnosticError, UserError, did_you_mean, visible
 from llmc.compiler.terminal import columns, fold
 
 WRONG_USAGE = "E601"
@@ -395,7 +395,7 @@ def init_command(args: argparse.Namespace) -> int:
     text = variant_from_config(read_config(args.model_path), name)
     if args.json:
         return tell(args, {"name": name, "yaml": text}, text.rstrip)
-    print(text, end="")  # a file's lines: never folded
+    print(visible(text), end="")  # a file's lines: never folded
     return 0
 
 

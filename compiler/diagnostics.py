@@ -11,6 +11,7 @@ A stage collects `Diagnostic`s in a `Report` and raises `DiagnosticError` once, 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +37,30 @@ def portable(place: str) -> str:
     return "".join(c if c.isprintable() and c not in "\"'\\" else "_" for c in name)
 
 
+# Characters that a terminal obeys or that hide what is written: controls (C0 but tab and line feed, DEL, C1), invisible
+# ones, separators of lines, marks and overrides of direction, halves of surrogate pairs, tags.
+HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb"
+    "\U000e0000-\U000e007f]"
+)
+LINE_LIMIT = 1000  # characters of a line of a message
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+FIELD_LIMIT = 400  # of a field of a diagnostic
+
+
+def visible(text: str) -> str:
+    """The text as it may be printed, whoever wrote it: what would be obeyed or hidden is escaped, as \\x1b."""
+    return HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def one_line(text: str) -> str:
+    """The same without line feeds and tabs: a name cannot make a message that it is part of look like two."""
+    return visible(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def shorten(text: str, limit: int = 60) -> str:
     """A value of somebody's input as a message may quote it: long ones lose their middle."""
-    return text if len(text) <= limit else f"{text[: limit - 13]}...{text[-10:]}"
+    return text if len(text) <= limit else f"{text[: limit * 2 // 3]}...{text[3 - limit // 3 :]}"
 
 
 CODES: Mapping[str, str] = {
@@ -99,13 +121,16 @@ class Diagnostic:
     def __post_init__(self) -> None:
         if self.code not in CODES:
             raise KeyError(f"diagnostic code {self.code} is not in CODES")
+        for field in ("message", "found", "needed", "likely"):  # each is one line, and quotes what may have any length
+            object.__setattr__(self, field, shorten(getattr(self, field), FIELD_LIMIT))
 
 
 class UserError(Exception):
     """Something the user can mend. `str(error)` is complete: what, where, expected, what to do."""
 
     def __init__(self, message: str, *, hint: str = "", code: str = "") -> None:
-        super().__init__(f"{message}\n  likely: {hint}" if hint else message)
+        text = f"{message}\n  likely: {hint}" if hint else message
+        super().__init__("\n".join(shorten(visible(line), LINE_LIMIT) for line in text.split("\n")))
         self.message, self.hint, self.code = message, hint, code
 
     def problems(self) -> list[dict[str, Any]]:
@@ -171,7 +196,7 @@ def render(diagnostics: Iterable[Diagnostic], sources: Mapping[str, str]) -> str
 
 def _lines(d: Diagnostic, sources: Mapping[str, list[str]]) -> Iterable[str]:
     where = f"{d.place}: " if d.place else ""
-    yield f"{where}{d.code} {d.message}"
+    yield one_line(f"{where}{d.code} {d.message}")
     text = sources.get(d.place.file, []) if d.place else []
     if d.place and 0 < d.place.line <= len(text):
         line, number = text[d.place.line - 1].rstrip(), f"{d.place.line:>6}"
@@ -179,11 +204,11 @@ def _lines(d: Diagnostic, sources: Mapping[str, list[str]]) -> Iterable[str]:
         width = max(1, min(d.place.end_column - d.place.column, len(line) - start))
         # A very long line (a minified file) is cut around the caret so that it stays readable.
         cut = max(0, start - 60)
-        yield f"{number} | {line[cut : cut + 120]}"
+        yield f"{number} | {HIDDEN.sub(REPLACEMENT, line[cut : cut + 120])}"  # one for one: the caret stays below
         yield f"{'':>6} | {' ' * (start - cut)}{'^' * min(width, 60)}"
     for label in ("found", "needed", "likely"):
         if value := getattr(d, label):
-            yield f"  {label}: {value}"
+            yield one_line(f"  {label}: {value}")
 
 
 def to_json(diagnostics: Iterable[Diagnostic]) -> list[dict[str, Any]]:

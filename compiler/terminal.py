@@ -1,4 +1,4 @@
-"""Text for a terminal: how wide it is, and lines that fit.
+"""Text for a terminal: how wide it is, lines that fit, and nothing in them that it would obey.
 
 print(fold(text, columns(sys.stdout)))
 """
@@ -10,9 +10,12 @@ import re
 import textwrap
 from typing import TextIO
 
+from llmc.compiler.diagnostics import visible
+
 NARROWEST = 40
 COLUMN = re.compile(r" *\S.*? {2,}(?=\S)")  # up to where the text of the next column begins
 SOURCE = re.compile(r" *\d* \| ")  # a quoted line of a file, or the caret below it
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 SHAPE = re.compile(r"\[[^\[\]]{1,40}\]( (R|P|S\(\d\))(?=\W|$))?")  # with the letter behind it
 
 
@@ -28,11 +31,22 @@ def columns(stream: TextIO | None) -> int | None:
 
 
 def fold(text: str, width: int | None) -> str:
-    """Lines that are longer go on in the next, under their last column where that leaves room. Words, and
+    """Everything that is printed goes through here. Control characters, of file names, of names in files, are escaped.
+    Lines that are longer go on in the next, under their last column where that leaves room. Words, and
     shapes as [T, 4096], stay in one piece; so do quoted lines of a file."""
+    text = visible(text)
     if width is None:
         return text
     return "\n".join(_folded(line, width) for line in text.split("\n"))
+
+
+def generated(text: str, stream: TextIO | None) -> str:
+    """A prompt or an answer. Files and pipes get it as it is, because their readers want the model's own characters; a
+    terminal gets no control characters but tab and line feed, or a model could move its cursor and set its title.
+    Marks of direction stay: they are part of Arabic and Hebrew text."""
+    if stream is None or not stream.isatty():
+        return text
+    return CONTROL.sub(lambda found: visible(found[0]), text)
 
 
 def _folded(line: str, width: int) -> str:

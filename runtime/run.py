@@ -36,7 +36,7 @@ from llmc.compiler.options import Options
 from llmc.compiler.pipeline import compile_model
 from llmc.compiler.target.device import device as device_profile
 from llmc.compiler.target.device import device_names
-from llmc.compiler.terminal import columns, fold
+from llmc.compiler.terminal import columns, fold, generated
 from llmc.runtime import binding, npu
 from llmc.runtime.engine.blocks import BLOCK_SIZE
 from llmc.runtime.engine.engine import Engine, Output, check_prompt
@@ -106,9 +106,9 @@ def answer(args: argparse.Namespace, asked: Asked, team: Team | None) -> int:
     engine.warm_up()
     loading = time.perf_counter() - start
     streamed = streams(args, ids, asked.tokenizer) and talks
-    callback = (lambda i, text: print(text, end="", flush=True)) if streamed else None
+    callback = (lambda i, text: print(generated(text, sys.stdout), end="", flush=True)) if streamed else None
     if callback:
-        print(f"Question[0]: {shown(prompts[0])}\nAnswer[0]: ", end="", flush=True)
+        print(generated(f"Question[0]: {shown(prompts[0])}\nAnswer[0]: ", sys.stdout), end="", flush=True)
     bar = talks and not (args.quiet or args.json or streamed)
     try:
         with progress_bar("tokens", len(ids) * params.max_tokens, bar) as advance:
@@ -538,7 +538,7 @@ def print_answers(prompts: Sequence[Prompt], outputs: Sequence[Output], engine: 
             print()
         else:
             answer = output.text if engine.tokenizer else ",".join(map(str, output.token_ids))
-            print(f"Question[{i}]: {shown(prompts[i])}\nAnswer[{i}]: {answer}")
+            print(generated(f"Question[{i}]: {shown(prompts[i])}\nAnswer[{i}]: {answer}", sys.stdout))
         print(f"Generate[{i}] token num: {output.generated_tokens}")
         print(f"Input[{i}] token num: {output.prompt_tokens}, finished by {output.finish_reason}")
     t = timing(outputs, engine)

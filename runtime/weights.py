@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llmc.compiler.checkpoint_files import indexed_files, nature, present
-from llmc.compiler.diagnostics import UserError
+from llmc.compiler.diagnostics import UserError, one_line
 from llmc.runtime.formats import in_format
 
 LOG = logging.getLogger("llmc.weights")
@@ -285,12 +285,12 @@ def check(weights: Mapping[str, Mapping[str, Any]], stored: Mapping[str, Stored]
             rows.append((name, "dtype", dtype, f"{found.dtype} in {found.file.name}"))
     if rows:
         problems = f"{len(rows)} of the {len(wanted)} tensors that the model needs do not fit {model_path}:"
-        more = [f"unused tensors there: {len(extra)}, such as {', '.join(extra[:5])}"] if extra else []
+        more = [f"unused tensors there: {len(extra)}, such as {one_line(', '.join(extra[:5]))}"] if extra else []
         raise UserError(
             "\n".join([problems, *table(("tensor", "problem", "needed", "found"), rows), *more]), code="E503"
         )
     if extra:
-        LOG.warning("%d tensors of %s are not used: %s", len(extra), model_path, ", ".join(extra[:10]))
+        LOG.warning("%d tensors of %s are not used: %s", len(extra), model_path, one_line(", ".join(extra[:10])))
 
 
 def _castable(found: str, wanted: str) -> bool:
@@ -307,6 +307,7 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Plain columns: names are never cut, so that they can be searched for."""
+    rows = [tuple(one_line(cell) for cell in row) for row in rows]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     return [
         "  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)

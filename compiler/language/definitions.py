@@ -454,7 +454,7 @@ class Language(Reader):
         name = self.text(value, what)
         if not name:
             return None
-        if not TENSOR.fullmatch(name) or len(name) > 200:
+        if not TENSOR.fullmatch(name) or len(name) > 200 or not name.isprintable():
             self.report.add("E109", f"{what}: {name[:60]!r} cannot be the name of a tensor", value.place,
                             needed="a name without spaces; {i} stands for the iteration")  # fmt: skip
             return None
