@@ -11,6 +11,8 @@ The control group (arrival, the tokens of each step) is always gloo on the CPU. 
     the same error on all       rank 0 says it; the others wait a second before they speak, and are ended meanwhile
     a rank is gone              the others hear of it in a collective; they keep quiet, for the cause is told elsewhere
     a rank never arrives        those that have arrived name it and exit
+    a rank stops for a while    the others wait for it, up to the half hour of torch.distributed
+    a rank does not end         the first rank of its host names it when the answers are out, and it is killed
     the agent is gone           the system ends its ranks (Linux)
 
 Torch is imported by the functions that need it: before that, this process is tied to the life of its parent.
@@ -18,6 +20,7 @@ Torch is imported by the functions that need it: before that, this process is ti
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import logging
@@ -28,7 +31,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -43,7 +46,9 @@ if TYPE_CHECKING:
     from llmc.runtime.engine.sampling import Samples, SamplingState
 
 START_LIMIT = "LLMC_START_TIMEOUT"  # seconds without a sign of any rank before those that are missing count as lost
-START_SECONDS = {True: 4.0, False: 30.0}  # on one host, on several: ranks of one host read the same files from memory
+START_SECONDS = 30.0
+END_LIMIT = "LLMC_END_TIMEOUT"  # seconds that ranks have to end when the answers are out
+END_SECONDS = 10.0
 LAUNCHER = "LLMC_LAUNCHER"  # pid of the `llmc run` that started this rank
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
@@ -119,8 +124,7 @@ def join(place: Place, work: Callable[[Team], int], report: Callable[[UserError]
     try:
         team.connect()
         code = work(team)
-        team.leave()
-        return code
+        return team.leave() or code
     except KeyboardInterrupt:
         if place.rank or LAUNCHER in os.environ:
             end(130)
@@ -158,7 +162,8 @@ class Team:
         self.place, self.alone, self.talks = place, place.world_size == 1, place.rank == 0
         # `llmc run` has read the flags and told about them before it started ranks
         self.says_what_is_asked = self.talks and LAUNCHER not in os.environ
-        self.limit = start_limit(place)
+        self.limit = seconds(START_LIMIT, START_SECONDS)
+        self.end_limit = seconds(END_LIMIT, END_SECONDS)
         self.arrived = threading.Event()
         self.store: Any = None
 
@@ -196,6 +201,18 @@ class Team:
         import torch.distributed as dist
 
         self.arrived.set()
+        try:
+            self._wait_for_all()
+            # The limit of the start is for connecting only. It stays gloo's for what goes from rank to rank, which
+            # therefore names its own (hostatb/collective.py).
+            rank, world_size, start = self.place.rank, self.place.world_size, timedelta(seconds=self.limit)
+            dist.init_process_group("gloo", store=self.store, rank=rank, world_size=world_size, timeout=start)
+            dist.distributed_c10d._set_pg_timeout(dist.default_pg_timeout, dist.group.WORLD)
+        except RuntimeError as error:
+            raise self._not_connected(str(error).splitlines()[0]) from None
+
+    def _wait_for_all(self) -> None:
+        """Until all ranks have arrived. Any news of a rank starts the wait anew."""
         self.store.set(f"llmc/arrived/{self.place.rank}", "")
         signs, since = 0, time.monotonic()
         while missing := self._without("arrived"):
@@ -203,19 +220,27 @@ class Team:
             if news > signs:
                 signs, since = news, time.monotonic()
             if time.monotonic() - since > self.limit:
-                if LAUNCHER not in os.environ:  # torchrun waits half a minute for a rank that is stopped
-                    end_siblings(missing)
-                who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
-                raise Missing(
-                    f"{who} of {self.place.world_size} did not start: no sign for {self.limit:g} s after the others",
-                    hint=f"a hanging device or a slow disk; {START_LIMIT}=60 (seconds) waits longer",
-                )
+                raise self._missing(missing, f"did not start: no sign for {self.limit:g} s after the others")
             time.sleep(0.02)
-        rank, world_size = self.place.rank, self.place.world_size
-        start = timedelta(seconds=self.limit)
-        dist.init_process_group("gloo", store=self.store, rank=rank, world_size=world_size, timeout=start)
-        # From now on ranks may wait for each other as long as torch usually lets them: one reads a slower disk.
-        dist.distributed_c10d._set_pg_timeout(dist.default_pg_timeout, dist.group.WORLD)
+
+    def _not_connected(self, why: str) -> Missing:
+        """All have arrived, and the group was not made: who does not say so either has stopped meanwhile."""
+        try:
+            self.store.set(f"llmc/alone/{self.place.rank}", "")
+            time.sleep(2 * FIRST_WORD_SECONDS)
+            missing = self._without("alone")
+        except RuntimeError:
+            where = f"{self.place.master_addr}:{self.place.master_port}"
+            return Missing(f"the store of the ranks at {where} does not answer any more: {why}")
+        if missing:
+            return self._missing(missing, f"did not connect to the others within {self.limit:g} s")
+        return Missing(f"the ranks cannot connect to each other: {why}", hint="GLOO_SOCKET_IFNAME names the network")
+
+    def _missing(self, ranks: Sequence[int], what: str) -> Missing:
+        if LAUNCHER not in os.environ:  # torchrun waits half a minute for a rank that is stopped
+            kill(siblings(ranks).values())
+        hint = f"a hanging device or a slow disk; {START_LIMIT}=60 (seconds) waits longer"
+        return Missing(f"{named(ranks)} of {self.place.world_size} {what}", hint=hint)
 
     def _without(self, sign: str) -> list[int]:
         """Ranks that have not given this sign."""
@@ -225,17 +250,35 @@ class Team:
         """Rank 0's choice, on every rank."""
         return sampler if self.alone else SharedSampler(sampler, self.place.rank)
 
-    def leave(self) -> None:
-        """The answers are out; nobody needs the group any more."""
+    def leave(self) -> int:
+        """The answers are out, and nobody needs the group any more; the exit code. The first rank of a host gives the
+        others a while, names those that do not end, and sees to it that they do: an agent would wait for ever (Linux).
+        """
         import torch.distributed as dist
 
-        if not self.alone and dist.is_initialized():
+        if self.alone:
+            return 0
+        if dist.is_initialized():
             dist.destroy_process_group()
+        if self.place.local_rank:
+            return 0
+        others, until = siblings(), time.monotonic() + self.end_limit
+        while others := {rank: pid for rank, pid in others.items() if runs(pid)}:
+            if time.monotonic() > until:
+                who, it = named(list(others)), "is" if len(others) == 1 else "are"
+                did = f"did not end within {self.end_limit:g} s and {it} killed"
+                print(f"llmc: the answers are complete, but {who} {did}", file=sys.stderr, flush=True)
+                if LAUNCHER not in os.environ:  # else `llmc run` ends all, now that this one ends with code 1
+                    kill(others.values())
+                return 1
+            time.sleep(0.02)
+        return 0
 
     def dismiss(self) -> None:
         """Tell the others that rank 0 leaves early, and on purpose."""
-        if self.store is not None:
-            self.store.set("llmc/over", "")
+        with contextlib.suppress(RuntimeError):  # the store has gone first
+            if self.store is not None:
+                self.store.set("llmc/over", "")
 
     def fail(self, error: Exception, report: Callable[[UserError], None]) -> NoReturn:
         """Tell the error once among all ranks, and end with code 1. A rank that comes second waits to be ended."""
@@ -309,18 +352,41 @@ def is_gone(error: BaseException | None) -> bool:
     return False
 
 
-def end_siblings(ranks: Sequence[int]) -> None:
-    """Kill these ranks of this host: children of this process's parent, known by RANK in their environment (Linux)."""
+def siblings(ranks: Sequence[int] | None = None) -> dict[int, int]:
+    """Rank -> pid of these (or all) other ranks of this run on this host: children of this process's parent, known by
+    their environment (Linux; nothing elsewhere)."""
+    found: dict[int, int] = {}
+    run = f"MASTER_PORT={os.environ.get('MASTER_PORT', '')}".encode()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent != os.getppid() or folder.name == str(os.getpid()):
+            if folder.name == str(os.getpid()) or not runs(int(folder.name)):
                 continue
             words = (folder / "environ").read_bytes().split(b"\0")
-            if any(f"RANK={rank}".encode() in words for rank in ranks):
-                os.kill(int(folder.name), signal.SIGKILL)
-        except (OSError, ValueError, IndexError):  # it has ended, or belongs to somebody else
+            rank = next((int(word[5:]) for word in words if word.startswith(b"RANK=")), None)
+        except (OSError, ValueError):  # it has ended, or belongs to somebody else
             continue
+        if rank is not None and run in words and (ranks is None or rank in ranks):
+            found[rank] = int(folder.name)
+    return found
+
+
+def runs(pid: int) -> bool:
+    """Whether this is a child of this process's parent that has not ended."""
+    try:
+        state, parent = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[:2]
+    except (OSError, ValueError):
+        return False
+    return int(parent) == os.getppid() and state not in "ZX"
+
+
+def kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def named(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, sorted(ranks)))}"
 
 
 def message_of(error: Exception) -> str:
@@ -329,13 +395,13 @@ def message_of(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def start_limit(place: Place) -> float:
-    """Seconds that ranks wait for a sign of those that are missing."""
-    text = os.environ.get(START_LIMIT, "")
+def seconds(variable: str, default: float) -> float:
+    """A time limit from the environment."""
+    text = os.environ.get(variable, "")
     try:
-        seconds = float(text or START_SECONDS[place.one_host])
+        found = float(text or default)
     except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < 1e6:
-        raise UserError(f"{START_LIMIT}={text!r} must be seconds above 0")
-    return seconds
+        found = 0.0
+    if not 0 < found < 1e6:
+        raise UserError(f"{variable}={text!r} must be seconds above 0")
+    return found

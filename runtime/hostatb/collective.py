@@ -120,7 +120,7 @@ def _gather_processes(param: Param, tensor: Tensor) -> Tensor:
     jobs += [dist.P2POp(dist.isend, slots[rank], group=group, group_peer=peer) for peer in peers]
     try:
         for work in dist.batch_isend_irecv(jobs):
-            work.wait()
+            work.wait(dist.default_pg_timeout)  # else the time that the ranks had to connect
     except RuntimeError as error:
         raise AtbError(
             "ERROR_HCCL_FAIL", "a rank did not answer", found=str(error).splitlines()[0],

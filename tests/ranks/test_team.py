@@ -119,15 +119,44 @@ def test_every_sign_of_a_rank_starts_the_wait_anew(team):
     thread.join()
 
 
+@pytest.mark.parametrize(
+    ("spoke", "words"),
+    [
+        ([0, 2], "rank 1 of 3 did not connect to the others within 0.4 s"),
+        ([0, 1, 2], "cannot connect to each other: no"),
+    ],
+)
+def test_a_group_that_is_not_made_names_the_rank_that_stopped_or_the_reason(team, monkeypatch, spoke, words):
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no route to host\nand a stack of C++")
+
+    monkeypatch.setattr(dist, "init_process_group", refuse)
+    monkeypatch.setattr(ranks, "FIRST_WORD_SECONDS", 0.0)
+    for rank in spoke:
+        team.store.set(f"llmc/alone/{rank}", "")
+    for rank in range(3):
+        team.store.set(f"llmc/arrived/{rank}", "")
+    with pytest.raises(Missing, match=words):
+        team.meet()
+
+
+def test_a_store_that_ends_while_ranks_arrive_is_named(team):
+    class Store:
+        def set(self, *args: object) -> None:
+            raise dist.DistStoreError("wait timeout")
+
+    team.store = Store()
+    with pytest.raises(Missing, match=r"the store of the ranks at 127\.0\.0\.1:20010 does not answer any more: wait"):
+        team.meet()
+    team.dismiss()
+
+
+@pytest.mark.parametrize("name", ["LLMC_START_TIMEOUT", "LLMC_END_TIMEOUT"])
 @pytest.mark.parametrize("value", ["soon", "0", "-1", "nan"])
-def test_a_start_timeout_that_is_no_time_is_refused(monkeypatch, value):
-    monkeypatch.setenv("LLMC_START_TIMEOUT", value)
-    with pytest.raises(UserError, match="LLMC_START_TIMEOUT"):
+def test_a_time_limit_that_is_no_time_is_refused(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=name):
         Team(place())
-
-
-def test_ranks_on_several_hosts_have_more_time_to_start():
-    assert Team(place(local_world_size=1)).limit > Team(place()).limit
 
 
 class Ended(BaseException):

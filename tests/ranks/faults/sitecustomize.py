@@ -1,10 +1,13 @@
 """Python imports this before anything else where this folder is in PYTHONPATH. LLMC_TEST_FAULT="RANKS PHASE HOW" breaks
-those ranks in that phase (start, load, prefill, decode); the file LLMC_TEST_MARK is made just before."""
+those ranks in that phase (start, device, meet, load, prefill, decode, leave, exit); the file LLMC_TEST_MARK is
+made just before."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -18,6 +21,9 @@ def act(how: str) -> None:
             os._exit(7)
         case "sleep":
             time.sleep(1000)
+        case "pause":
+            subprocess.Popen(["sh", "-c", f"sleep 5; kill -CONT {os.getpid()}"])
+            os.kill(os.getpid(), signal.SIGSTOP)
         case _:
             os.kill(os.getpid(), getattr(signal, how))
 
@@ -43,6 +49,16 @@ def install(phase: str, how: str) -> None:
         import llmc.runtime.run as run
 
         break_call(run, "open_device", how, call=1)
+    elif phase == "meet":
+        import torch.distributed as dist
+
+        break_call(dist, "init_process_group", how, call=1)
+    elif phase == "leave":
+        from llmc.runtime.ranks import Team
+
+        break_call(Team, "leave", how, call=1)
+    elif phase == "exit":
+        atexit.register(act, how)
     elif phase == "load":
         import llmc.runtime.weights as weights
 
