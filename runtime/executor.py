@@ -49,9 +49,10 @@ class Executor:
             raise UserError("\n".join(lines), code="E503")
         if self.manifest["backend"] == "lccl" and (why := domain_problem(comm_domain, lccl_port(os.environ))):
             raise UserError(f"comm_domain {comm_domain!r} cannot be used: {why}")
-        if hasattr(atb, "use_chip"):  # hostatb obeys the rules of the chip that the artifact was compiled for
+        on_host = hasattr(atb, "use_chip")
+        if on_host:  # hostatb obeys the rules of the chip that the artifact was compiled for
             atb.use_chip(self.manifest["chip"])
-        self.queued = Mark(next((tensor.device for tensor in self.tensors.values()), "cpu"))
+        self.queued = Mark("cpu" if on_host else "npu")
         self.inputs: Mapping[str, torch.Tensor] = {}
         ranks = (rank, self.manifest["world_size"], comm_domain, rank_table_file)
         self.phases: dict[str, list[tuple[Any, list[str], list[str], list[str]]]] = {}

@@ -2,7 +2,7 @@
 
     upload = Upload(device)
     inputs = upload(step)          # name -> tensor of the host  ->  name -> the same on the device, by one copy
-    mark = Mark(device)
+    mark = Mark("npu")
     mark.set()                     # behind everything queued so far
     mark.wait()                    # until all that has run
 
@@ -23,11 +23,11 @@ LEAST = 1 << 16  # bytes of a buffer; a decode step of 64 sequences of up to 409
 
 
 class Mark:
-    """A place in a device's queue. On a host nothing is queued."""
+    """A place in a device's queue. On a host nothing is queued. `kind` of device: npu, cuda, cpu, as torch names it."""
 
-    def __init__(self, device: torch.device | str) -> None:
-        kind = torch.device(device).type
-        self.event = None if kind == "cpu" else getattr(torch, kind).Event()
+    def __init__(self, kind: str) -> None:
+        module = None if kind == "cpu" else getattr(torch, kind, None)
+        self.event = module.Event() if module else None
 
     def set(self) -> None:
         if self.event is not None:
@@ -70,7 +70,7 @@ class _Buffer:
 
     def __init__(self, device: torch.device) -> None:
         self.host = self.there = torch.empty(0, dtype=torch.uint8)
-        self.device, self.copied = device, Mark(device)
+        self.device, self.copied = device, Mark(device.type)
 
     def make_ready(self, size: int) -> None:
         self.copied.wait()
@@ -81,8 +81,11 @@ class _Buffer:
 
 
 def pinned(size: int) -> torch.Tensor:
-    """Bytes that the device reads by itself."""
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    """Bytes that the device reads by itself; ordinary ones where no device could (torch's meta device)."""
+    try:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError:
+        return torch.empty(size, dtype=torch.uint8)
 
 
 def _at(buffer: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:

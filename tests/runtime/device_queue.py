@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmc.runtime import executor, hostatb, stream
+from llmc.runtime import hostatb, stream
 from llmc.runtime.engine import rows
 from llmc.runtime.hostatb.numeric import TORCH_DTYPE, desc_of
 
@@ -28,28 +28,27 @@ class DeviceQueue:
         self.done = 0
         queue = self
 
-        class Mark:
-            def __init__(self, device) -> None:
-                self.place = 0
+        class Event:
+            place = 0
 
-            def set(self) -> None:
+            def record(self) -> None:
                 self.place = len(queue.calls)
 
-            def wait(self) -> None:
+            def synchronize(self) -> None:
                 queue.run_to(self.place)
 
         class Builder(hostatb.GraphBuilder):
             def build(self):
                 return QueuedOperation(super().build(), queue)
 
-        for module in (executor, stream):
-            monkeypatch.setattr(module, "Mark", Mark)
+        mark = stream.Mark
+        monkeypatch.setattr(torch, "npu", types.SimpleNamespace(Event=Event), raising=False)
+        monkeypatch.setattr(stream, "Mark", lambda kind: mark("npu"))  # uploads of the tests go to the host
         copy_rows = rows.copy_rows
         monkeypatch.setattr(rows, "copy_rows", lambda *move: self.put(lambda: copy_rows(*move)))  # work of the device
         monkeypatch.setattr(stream, "pinned", lambda size: torch.empty(size, dtype=torch.uint8))
-        self.atb: Any = types.ModuleType("torch_atb")
-        self.atb.__getattr__ = lambda name: getattr(hostatb, name)
-        self.atb.GraphBuilder = Builder
+        names = set(dir(hostatb)) - {"use_chip", "current_chip"}
+        self.atb: Any = types.SimpleNamespace(**{**{n: getattr(hostatb, n) for n in names}, "GraphBuilder": Builder})
 
     def put(self, call: Callable[[], Any]) -> None:
         self.calls.append(call)

@@ -212,6 +212,19 @@ def two_steps(built, tensors) -> list[dict[str, torch.Tensor]]:
     return inputs
 
 
+def test_the_inputs_that_a_device_reads_are_there_and_the_others_are_not(built, tensors):
+    """The meta device stands for one that is not the host."""
+    runner = Runner(built.manifest, None, tensors["caches"], "meta")
+    request = Request(prompt_ids=[1, 2], params=SamplingParams(), block_table=[0])
+    for phase in ("prefill", "decode"):
+        inputs = runner.inputs(Batch(phase=phase, sequences=(request,)))
+        assert list(inputs) == built.manifest["phases"][phase]["inputs"]
+        for name, tensor in inputs.items():
+            fact = built.manifest["inputs"][name]
+            assert tensor.device.type == ("cpu" if fact["host"] else "meta")
+            assert tensor.dtype == getattr(torch, fact["dtype"])
+
+
 def test_on_a_host_inputs_are_made_and_not_copied(built, tensors):
     class Copies(TorchDispatchMode):
         count = 0
