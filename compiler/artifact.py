@@ -34,7 +34,7 @@ from llmc.compiler.passes.phase import PHASES
 from llmc.compiler.passes.segment import Segment
 from llmc.compiler.sharding import Split, named
 
-FORMAT = 3  # of the manifest; raise when a reader of the old one would misunderstand the new one
+FORMAT = 4  # of the manifest; raise when a reader of the old one would misunderstand the new one
 MANIFEST = "manifest.json"
 CODE_BYTES = 64 << 20
 SHOWN = 10  # problems of a manifest that a message lists
@@ -107,7 +107,11 @@ def make_manifest(compiled: Compiled) -> dict[str, Any]:
         "backend": o.backend,
         "sizes": dict(graph.sizes),
         "rope": dict(graph.rope),
-        "config": {key: {"is": rule.value, "or": rule.default} for key, rule in compiled.model.config.items()},
+        "config": {
+            key: {"ignore": rule.ignore} if rule.ignore else {"is": rule.value, "or": rule.default}
+            for key, rule in compiled.model.config.items()
+        },
+        "unused": dict(compiled.model.unused),
         "inputs": {n: {**_describe(t), "host": t.host} for n, t in roles["input"].items()},
         "constants": {n: _constant(n, t, compiled) for n, t in roles["constant"].items()},
         "caches": {n: _describe(t) for n, t in roles["cache"].items()},

@@ -231,6 +231,15 @@ def plan_flags(p: argparse.ArgumentParser) -> None:
 def init_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--model-path", "--model_path", type=Path, required=True)
     p.add_argument("--name", help="name of the variant (default: the directory's name)")
+    p.add_argument(
+        "--ignore-config",
+        "--ignore_config",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY",
+        help="keys of config.json that the model's computation does not depend on; the variant says so",
+    )
 
 
 def ops_flags(p: argparse.ArgumentParser) -> None:
@@ -392,7 +401,7 @@ def init_command(args: argparse.Namespace) -> int:
 
     path = args.model_path.resolve()
     name = args.name or (path.parent if path.is_file() else path).name.lower()
-    text = variant_from_config(read_config(args.model_path), name)
+    text = variant_from_config(read_config(args.model_path), name, args.ignore_config)
     if args.json:
         return tell(args, {"name": name, "yaml": text}, text.rstrip)
     print(visible(text), end="")  # a file's lines: never folded

@@ -134,7 +134,8 @@ MANIFEST: Mapping[str, Any] = {
     "backend": one_of("", "lccl", "hccl"),
     "sizes": {"max_positions": SIZE, "vocab?": SIZE, TEXT: NUMBER},
     "rope": {"theta?": POSITIVE, "pairing?": one_of(*PAIRINGS), "scaling?": SCALING},  # nothing where no node needs it
-    "config": {TEXT: {"is": SETTING, "or": SETTING}},
+    "config": {TEXT: ({"is": SETTING, "or": SETTING}, {"ignore": TEXT})},
+    "unused": {TEXT: TEXT},
     "inputs": {TEXT: {**TENSOR, "host": FLAG}},
     "constants": {
         TEXT: (

@@ -83,6 +83,14 @@ RUN_FLAGS: tuple[Flag, ...] = (
     # model
     Flag("model_path", str, None, "checkpoint directory: config.json, safetensors, tokenizer", SEED),
     Flag("graph", str, None, "YAML of the variant, or its name (default: found from config.json)", OURS),
+    Flag(
+        "ignore_config",
+        utf8,
+        None,
+        "keys of config.json that are taken as absent: of those llmc does not know",
+        OURS,
+        many=True,
+    ),
     Flag("artifact", str, None, "directory written by `llmc compile`; nothing is compiled then", OURS),
     Flag(
         "device",

@@ -69,30 +69,31 @@ def linear(theta: float, dim: int, scaling: Mapping[str, Any], positions: int) -
 
 
 def dynamic(theta: float, dim: int, scaling: Mapping[str, Any], positions: int) -> tuple[torch.Tensor, float]:
-    """NTK-aware base, for the table's length.
-
-    transformers recomputes the base whenever a sequence outgrows the longest seen so far, which makes cached keys
-    disagree with new ones; a table has one base, so it is the one of the longest sequence that the table serves,
-    max(positions, original_max_positions).
-    """
-    factor, original = scaling["factor"], scaling["original_max_positions"]
-    length = max(positions, original)
-    stretched = theta * (factor * length / original - (factor - 1)) ** (dim / (dim - 2))
-    return default(stretched, dim, scaling, positions)[0], 1.0
+    """The default up to the trained length. Beyond it transformers makes a new base for each length that a sequence
+    outgrows, so that cached keys disagree with new ones, and none of its bases is right for a table: UserError."""
+    trained = scaling["original_max_positions"]
+    if positions > trained:
+        raise UserError(
+            f"rope scaling 'dynamic' is offered up to the trained length, {trained} positions; asked for: {positions}",
+            hint=f"--max-position-embeddings {trained}, or a scaling that does not depend on the sequence's length",
+        )
+    return default(theta, dim, scaling, positions)
 
 
 def llama3(theta: float, dim: int, scaling: Mapping[str, Any], positions: int) -> tuple[torch.Tensor, float]:
-    """Long wavelengths divided by `factor`, short ones kept, a linear blend between."""
+    """Long wavelengths divided by `factor`, short ones kept, a linear blend between where there is a between."""
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     inv_freq = default(theta, dim, scaling, positions)[0]
     turns = scaling["original_max_positions"] * inv_freq / (2 * math.pi)  # full turns within the trained context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    keep = ((turns - low) / (high - low)).clamp(0, 1) if high > low else (turns >= low).double()
     return inv_freq * (keep + (1 - keep) / factor), 1.0
 
 
 def yarn(theta: float, dim: int, scaling: Mapping[str, Any], positions: int) -> tuple[torch.Tensor, float]:
     """NTK by parts: dimensions that turn over beta_fast times are kept, under beta_slow times divided by `factor`."""
     factor, original = scaling["factor"], scaling["original_max_positions"]
+    if theta == 1:
+        raise UserError("rope scaling 'yarn' needs a theta other than 1: with it all dimensions turn alike")
     inv_freq = default(theta, dim, scaling, positions)[0]
 
     def dimension(turns: float) -> float:

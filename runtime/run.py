@@ -31,7 +31,14 @@ from llmc.compiler import artifact as artifacts
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.files import Unreadable, parse_json
 from llmc.compiler.language.build import load_model
-from llmc.compiler.language.checkpoint import check_artifact_config, check_config, choose_variant, read_config
+from llmc.compiler.language.checkpoint import (
+    check_artifact_config,
+    check_config,
+    choose_variant,
+    ignoring,
+    read_config,
+)
+from llmc.compiler.language.config_keys import KEYS
 from llmc.compiler.options import Options
 from llmc.compiler.pipeline import compile_model
 from llmc.compiler.target.device import device as device_profile
@@ -85,7 +92,9 @@ def prepare(args: argparse.Namespace, team: Team | None, cleanup: contextlib.Exi
     if args.use_refactor is not None:
         note("--use-refactor is ignored: there is one code path")
     check_directory(Path(args.model_path))
-    config = read_config(args.model_path)
+    config = ignoring(read_config(args.model_path), args.ignore_config or ())
+    for key in set(args.ignore_config or ()) & set(KEYS):
+        note(f"--ignore-config {key}: without it the answers are another model's ({KEYS[key].does})")
     tokenizer = load_tokenizer(args.model_path) if args.load_tokenizer else None
     prompts = replicate(read_prompts(args), args.batch_size)
     ids = [encode(prompt, tokenizer, args) for prompt in prompts]
@@ -447,6 +456,7 @@ def make_engine(
         manifest["weights"],
         args.model_path,
         splits=manifest["splits"],
+        unused=manifest["unused"],
         device=device,
         rank=team.place.rank if team else 0,
         progress=(team is None or team.talks) and not (args.quiet or args.json),

@@ -1,7 +1,8 @@
 """Weights: from the safetensors files of a checkpoint to the tensors that the graph names.
 
 Enters the manifest's "weights" and "splits" objects and a checkpoint directory; leaves name -> tensor, one rank's
-share of each. Headers are read first and every problem is told in one table; then the rows and columns of the share are
+share of each. Headers are read first and every problem is told in one table, tensors that the model leaves unread
+included (`unused` says which may stay); then the rows and columns of the share are
 copied into their place. A file is opened anew for each piece of a tensor: safetensors maps files, and mapped pages
 count as resident until the file is closed. So the peak is the share and one piece.
 
@@ -13,13 +14,15 @@ from __future__ import annotations
 
 import difflib
 import json
-import logging
 import math
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +33,11 @@ from llmc.compiler.checkpoint_files import indexed_files, nature, present
 from llmc.compiler.diagnostics import UserError, one_line
 from llmc.runtime.formats import in_format
 
-LOG = logging.getLogger("llmc.weights")
 CHUNK_BYTES = 64 << 20  # one piece: large reads, small beside any model
 SUGGESTIONS = 20  # nearest names are looked for this often: each costs a pass over all names
 UNFINISHED = ".llmc-convert.json"  # `llmc convert` removes it as its last step
 SPLIT_AXIS = {"S(0)": 0, "S(1)": 1}  # by the manifest's "shard"; R is whole on every rank, P on rank 0
-BUFFERS = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")  # saved by old transformers, not weights
+MOST_UNUSED = 20  # kinds of unread tensors in a message
 
 # Names in safetensors headers -> torch
 DTYPES: Mapping[str, torch.dtype] = {
@@ -70,16 +72,18 @@ def load_weights(
     model_path: Path | str,
     *,
     splits: Mapping[str, Mapping[str, Any]] | None = None,
+    unused: Iterable[str] = (),
     device: torch.device | str = "cpu",
     rank: int = 0,
     progress: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Every weight of the graph, or this rank's share of it. `splits` is the manifest's; an artifact for one rank has
-    none. Two weights that are made of the same pieces (tied embeddings) are one tensor."""
+    """Every weight of the graph, or this rank's share of it. Two weights that are made of the same pieces (tied
+    embeddings) are one tensor. `splits` and `unused` are the manifest's: an artifact for one rank has no splits, and
+    tensors that a name of `unused` fits may stay unread."""
     splits = splits or {}
     check_rank(rank, splits)
     stored = read_headers(Path(model_path))
-    check(manifest_weights, stored, Path(model_path))
+    check(manifest_weights, stored, Path(model_path), unused)
     made: dict[str, torch.Tensor] = {}
     result: dict[str, torch.Tensor] = {}
     with progress_bar("weights", len(manifest_weights), progress) as advance:
@@ -264,33 +268,86 @@ def _damaged(file: Path, what: str, hint: str = "download or convert it again") 
 # ---- the table of problems
 
 
-def check(weights: Mapping[str, Mapping[str, Any]], stored: Mapping[str, Stored], model_path: Path) -> None:
-    """Every missing, mis-shaped and mis-typed tensor in one error; a note about tensors that nobody asked for."""
+def check(
+    weights: Mapping[str, Mapping[str, Any]],
+    stored: Mapping[str, Stored],
+    model_path: Path,
+    unused: Iterable[str] = (),
+) -> None:
+    """Every missing, mis-shaped, mis-typed and unread tensor in one error. A model that leaves tensors out computes
+    something else than they were made for, unless its `unused` names them or they are copies of what it reads."""
     wanted: dict[str, tuple[list[int], str]] = {}
     for weight in weights.values():
         for source in weight["sources"]:
             wanted[source["tensor"]] = (list(source["shape"]), weight["dtype"])
-    extra = [name for name in stored if name not in wanted and not name.endswith(BUFFERS)]
+    patterns = list(unused)
+    unread = [name for name in stored if name not in wanted]
+    extra = [name for name in unread if not any(fnmatchcase(name, p) for p in patterns)]
     rows = []
     suggestions = 0
     for name, (shape, dtype) in wanted.items():
         found = stored.get(name)
         if found is None:
             suggestions += 1
-            near = _nearest(name, extra) if suggestions <= SUGGESTIONS else ""
+            near = _nearest(name, unread) if suggestions <= SUGGESTIONS else ""
             rows.append((name, "missing", f"{dtype} {shape}", f"nearest: {near}" if near else "-"))
         elif list(found.shape) != shape:
             rows.append((name, "shape", str(shape), f"{list(found.shape)} in {found.file.name}"))
         elif not _castable(found.dtype, dtype):
             rows.append((name, "dtype", dtype, f"{found.dtype} in {found.file.name}"))
+    if extra and not rows:
+        shared = _shared(weights)
+        extra = [name for name in extra if not any(_equal(stored[name], stored[other]) for other in shared)]
+    if not (rows or extra):
+        return
+    kinds = _kinds(extra)
+    problems, hint = [], ""
     if rows:
-        problems = f"{len(rows)} of the {len(wanted)} tensors that the model needs do not fit {model_path}:"
-        more = [f"unused tensors there: {len(extra)}, such as {one_line(', '.join(extra[:5]))}"] if extra else []
-        raise UserError(
-            "\n".join([problems, *table(("tensor", "problem", "needed", "found"), rows), *more]), code="E503"
-        )
+        problems.append(f"{len(rows)} of the {len(wanted)} tensors that the model needs do not fit {model_path}")
     if extra:
-        LOG.warning("%d tensors of %s are not used: %s", len(extra), model_path, one_line(", ".join(extra[:10])))
+        problems.append(f"{len(extra)} tensors of {model_path} are not used by the model")
+    if not rows:
+        pattern = json.dumps(kinds[0][0])
+        hint = f"another model (--graph); where they change nothing, its YAML says so:  unused: {{{pattern}: why}}"
+    rows += [(names[0], "unused", "-", _kind(stored[names[0]], kind, names)) for kind, names in kinds[:MOST_UNUSED]]
+    more = [f"  and {len(kinds) - MOST_UNUSED} more kinds of unused tensors"] if len(kinds) > MOST_UNUSED else []
+    lines = [f"{'; '.join(problems)}:", *table(("tensor", "problem", "needed", "found"), rows), *more]
+    raise UserError("\n".join(lines), hint=hint, code="E503")
+
+
+def _kinds(names: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """Names that differ only in numbers together: ("model.layers.*.q_norm.weight", [...])."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"(?<![^.])[0-9]+(?![^.])", "*", name), []).append(name)
+    return [(kind if len(found) > 1 else found[0], found) for kind, found in kinds.items()]
+
+
+def _kind(first: Stored, kind: str, names: Sequence[str]) -> str:
+    more = f"; {len(names) - 1} more of the kind {kind}" if len(names) > 1 else ""
+    return f"{first.dtype} {list(first.shape)} in {first.file.name}{more}"
+
+
+def _shared(weights: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Tensors that several weights are made of: tied embeddings."""
+    uses = Counter(
+        source["tensor"] for weight in weights.values() for source in weight["sources"] if not source["rows"]
+    )
+    return [name for name, count in uses.items() if count > 1]
+
+
+def _equal(a: Stored, b: Stored) -> bool:
+    """The same numbers: formats without aliases store a tied embedding under both of its names."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape) or not a.shape or a.dtype not in DTYPES:
+        return False
+    rows = {"stride": 0, "offset": 0, "size": a.shape[0]}
+    row_bytes = math.prod(a.shape[1:]) * DTYPES[a.dtype].itemsize
+    for start, count in _pieces(rows, (0, a.shape[0]), max(1, row_bytes)):
+        with opened(a.file) as one, opened(b.file) as other:
+            pieces = (reader.get_slice(t.name)[start : start + count] for reader, t in ((one, a), (other, b)))
+            if not torch.equal(*pieces):
+                return False
+    return True
 
 
 def _castable(found: str, wanted: str) -> bool:

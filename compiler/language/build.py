@@ -33,6 +33,7 @@ class Model:
     graph: Graph
     support: Mapping[str, Mapping[str, tuple]]  # device -> {"tp": (1, 2), and if stated "dtypes", "attention"}
     config: Mapping[str, Rule]
+    unused: Mapping[str, str]  # tensors of the checkpoint that stay unread: pattern -> why
     places: Mapping[str, Place]  # "sizes.hidden", "rope.theta", ... -> where it is said
     sources: Mapping[str, str]  # file -> text, in reading order
     source_hash: str
@@ -81,6 +82,7 @@ def build_model(document: Document) -> Model:
         graph=graph,
         support=language.support,
         config=language.config,
+        unused=language.unused,
         places=language.places,
         sources=document.sources,
         source_hash=document.hash,

@@ -37,6 +37,7 @@ MODEL_KEYS: Mapping[str, str] = {
     "dtype": "dtype of weights and activations",
     "rope": "settings of the rotary position embedding",
     "config": "what the checkpoint's config.json must say",
+    "unused": "tensors of the checkpoint that the model leaves unread: name, in which * stands for anything, and why",
     "inputs": "inputs of the graph",
     "blocks": "groups of nodes with a name, used by `block:`",
     "graph": "the nodes by name",
@@ -47,7 +48,7 @@ MODEL_KEYS: Mapping[str, str] = {
 BLOCK_KEYS = ("inputs", "nodes", "output", "outputs")
 REPEAT_KEYS = ("repeat", "carry", "nodes", "next")
 PART_KEYS = ("out", "heads", "weight", "bias")
-RULE_KEYS = ("is", "text", "or")
+RULE_KEYS = ("is", "text", "or", "ignore")
 POLICY_KEYS = ("nodes", "layers", "dtype")
 SUPPORT_KEYS = ("tp", "dtypes", "attention")
 
@@ -67,11 +68,13 @@ SCALINGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What a key of config.json must say. `default` is what its absence means, None where it must be there."""
+    """What a key of config.json must say. `default` is what its absence means, None where it must be there. `ignore`
+    is why the key may say anything; then there is no value."""
 
-    value: Number | bool | str
+    value: Number | bool | str | None
     default: Number | bool | str | None
     place: Place
+    ignore: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +147,7 @@ class Language(Reader):
         self.dtype = self.choice(root.items.get("dtype"), DTYPES, "dtype") or "float16"
         self.rope = self.read_rope(root.items.get("rope"))
         self.config = self.read_config(root.items.get("config"))
+        self.unused = self.read_unused(root.items.get("unused"))
         self.inputs = self.read_inputs(root.items.get("inputs"))
         self.blocks = self.read_blocks(root.items.get("blocks"))
         self.graph = self.read_nodes(root.items.get("graph"), "graph", repeats=True)
@@ -270,6 +274,10 @@ class Language(Reader):
             what = f"config.{key}"
             rule = self.mapping(item, what)
             self.known_keys(rule, RULE_KEYS, what)
+            if "ignore" in rule.items:  # also over the rule of an extended file
+                why = self.text(rule.items["ignore"], f"{what}.ignore")
+                rules[key] = Rule(value=None, default=None, place=rule.place, ignore=why)
+                continue
             if ("is" in rule.items) == ("text" in rule.items):
                 if rule.items:
                     self.report.add(
@@ -282,6 +290,15 @@ class Language(Reader):
                 default = self.rule_value(rule.items["or"], f"{what}.or", kind) if "or" in rule.items else None
                 rules[key] = Rule(value=expected, default=default, place=self.origin(rule.items[kind]).place)
         return rules
+
+    def read_unused(self, value: Value | None) -> dict[str, str]:
+        """{"*.rotary_emb.inv_freq": why}"""
+        unused = self.mapping(value, "unused")
+        for name, place in unused.keys.items():
+            if not TENSOR.fullmatch(name) or len(name) > 200:
+                self.report.add("E109", f"unused: {name[:60]!r} cannot be the name of a tensor", place,
+                                needed="a name without spaces, in which * stands for anything")  # fmt: skip
+        return {name: self.text(item, f"unused: {name[:60]}") for name, item in unused.items.items()}
 
     def origin(self, value: Value) -> Value:
         """Where the number is said that a size's name stands for."""
@@ -595,6 +612,13 @@ class Language(Reader):
         if user and not self.rope:
             self.report.add("E102", f"node '{user.name}' needs the model's `rope:` settings", user.place,
                             needed="as rope: {theta: 10000.0}")  # fmt: skip
+        scaling, positions = self.rope.get("scaling") or {}, self.sizes.get("max_positions")
+        trained = scaling.get("original_max_positions")
+        if scaling.get("type") == "dynamic" and trained and positions and positions > trained:
+            self.report.add("E106", f"rope.scaling of type dynamic: max_positions {positions} is beyond the trained "
+                            f"length, original_max_positions {trained}", self.places["rope.scaling.type"],
+                            needed=f"max_positions of at most {trained}: beyond it each length of a sequence has "
+                            "frequencies of its own, and cached keys have others")  # fmt: skip
 
     def all_nodes(self) -> Iterable[tuple[Def, ...]]:
         yield self.graph

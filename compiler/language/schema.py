@@ -35,7 +35,8 @@ def schema() -> dict[str, Any]:
         "sizes": table(EXPRESSION),
         "dtype": {"enum": list(DTYPES)},
         "rope": {"$ref": "#/$defs/rope"},
-        "config": table({"$ref": "#/$defs/rule"}),
+        "config": table({"$ref": "#/$defs/rule"}, names={}),
+        "unused": table({"type": "string", "description": "why"}, names={"pattern": r"^\S+$"}),
         "inputs": {"type": "array", "items": {"enum": list(INPUTS)}, "minItems": 1},
         "blocks": table({"$ref": "#/$defs/block"}),
         "graph": table({"anyOf": [{"$ref": "#/$defs/node"}, {"$ref": "#/$defs/repeat"}]}),
@@ -54,7 +55,14 @@ def schema() -> dict[str, Any]:
             {"theta": EXPRESSION, "pairing": {"enum": list(PAIRINGS)}, "scaling": {"$ref": "#/$defs/scaling"}}
         ),
         "scaling": scaling(),
-        "rule": settings({"is": {"type": ["boolean", "number", "string"]}, "text": {"type": "string"}, "or": {}}),
+        "rule": settings(
+            {
+                "is": {"type": ["boolean", "number", "string"]},
+                "text": {"type": "string"},
+                "or": {},
+                "ignore": {"type": "string", "description": "why the key may say anything"},
+            }
+        ),
         "block": settings(
             {
                 "inputs": {"type": "array", "items": {"type": "string", "pattern": NAME}},
@@ -106,11 +114,11 @@ def removable(rule: Mapping[str, Any]) -> dict[str, Any]:
     return {"anyOf": [dict(rule), REMOVE]}
 
 
-def table(rule: Mapping[str, Any]) -> dict[str, Any]:
+def table(rule: Mapping[str, Any], names: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A mapping from names to values of one kind."""
     return {
         "type": "object",
-        "propertyNames": {"pattern": NAME},
+        "propertyNames": {"pattern": NAME} if names is None else dict(names),
         "additionalProperties": removable(rule),
         "minProperties": 1,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from llmc.compiler import cli
 from llmc.compiler.diagnostics import UserError
+from llmc.compiler.language.build import load_model
 from llmc.compiler.sharding import Split, deal, deal_heads
 from llmc.runtime import weights as module
 from llmc.runtime.weights import load_weights, read_headers
@@ -43,8 +45,15 @@ def saved(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
     return path
 
 
-def load(manifest: dict, path: Path, splits: dict[str, dict] | None = None, rank: int = 0) -> dict[str, torch.Tensor]:
-    return load_weights(manifest, path, splits=splits, rank=rank, progress=False)
+def load(
+    manifest: dict,
+    path: Path,
+    splits: dict[str, dict] | None = None,
+    rank: int = 0,
+    unused: tuple[str, ...] = ("*",),
+) -> dict[str, torch.Tensor]:
+    """Most manifests here are of some tensors of a file."""
+    return load_weights(manifest, path, splits=splits, unused=unused, rank=rank, progress=False)
 
 
 def test_separate_tensors_are_packed_in_order(tmp_path, tensors):
@@ -308,13 +317,80 @@ def test_all_problems_come_in_one_table_with_nearest_names(tmp_path, tensors):
     assert ["packd", "missing", "float32", "[12,", "4]", "nearest:", "packed"] in cells
 
 
-def test_extra_tensors_only_warn_and_rotary_buffers_do_not(tmp_path, tensors, caplog):
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = random(2)
-    with caplog.at_level(logging.WARNING, logger="llmc.weights"):
-        load({"q": weight(source("q", 8, 4), shape=[8, 4])}, saved(tmp_path, tensors))
-    assert "4 tensors" in caplog.text
-    assert "packed" in caplog.text
-    assert "inv_freq" not in caplog.text
+def test_tensors_that_nobody_reads_are_an_error_by_kind(tmp_path, tensors):
+    """Norms of q and k that a model has not would change every answer."""
+    norms = {f"model.layers.{i}.self_attn.{x}_norm.weight": random(4) for i in range(3) for x in "qk"}
+    manifest = {"q": weight(source("q", 8, 4), shape=[8, 4])}
+    saved(tmp_path, {"q": tensors["q"], "other": tensors["norm"], **norms})
+    with pytest.raises(UserError) as error:
+        load(manifest, tmp_path, unused=())
+    text = str(error.value)
+    assert text.startswith(f"7 tensors of {tmp_path} are not used by the model:")
+    for name in ("model.layers.0.self_attn.q_norm.weight", "model.layers.0.self_attn.k_norm.weight", "other"):
+        assert [line.split()[1] for line in text.splitlines() if line.split()[0] == name] == ["unused"]
+    assert "2 more of the kind model.layers.*.self_attn.q_norm.weight" in text
+    assert "its YAML says so:  unused:" in text
+    load(manifest, tmp_path, unused=("model.layers.*_norm.weight", "other"))
+    with pytest.raises(UserError, match=r"^3 tensors"):
+        load(manifest, tmp_path, unused=("model.layers.*.q_norm.weight", "other"))
+
+
+def test_unused_missing_and_misshaped_tensors_are_told_in_one_table(tmp_path, tensors):
+    manifest = {"a": weight(source("q", 9, 4), shape=[9, 4]), "b": weight(source("gone", 2), shape=[2])}
+    with pytest.raises(UserError) as error:
+        load(manifest, saved(tmp_path, tensors), unused=("packed",))
+    text = str(error.value)
+    assert re.match(r"2 of the 2 tensors .* do not fit .*; 3 tensors of .* are not used", text)
+    rows = [line.split()[:2] for line in text.splitlines()]
+    assert [row for row in rows if row[1] in ("shape", "missing", "unused")] == [
+        ["q", "shape"], ["gone", "missing"], ["embed", "unused"], ["k", "unused"], ["norm", "unused"]]  # fmt: skip
+
+
+def test_many_kinds_of_unused_tensors_are_counted(tmp_path):
+    saved(tmp_path, {f"part{chr(97 + i)}.w": random(2) for i in range(25)} | {"q": random(8, 4)})
+    with pytest.raises(UserError, match=r"(?s)25 tensors.*and 5 more kinds"):
+        load({"q": weight(source("q", 8, 4), shape=[8, 4])}, tmp_path, unused=())
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_a_tied_embedding_may_be_stored_under_both_of_its_names(tmp_path, monkeypatch, tensors, chunk):
+    """As torch.save and converters write it. With other numbers it is a head of its own, which the model has not."""
+    monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
+    one = weight(source("embed", 10, 4), shape=[10, 4])
+    stored = {"embed": tensors["embed"], "lm_head.weight": tensors["embed"].clone()}
+    load({"embed": one, "head": dict(one)}, saved(tmp_path, stored), unused=())
+    with pytest.raises(UserError, match=r"lm_head.weight +unused"):  # of no use to a model that does not tie
+        load({"embed": one}, tmp_path, unused=())
+    stored["lm_head.weight"][9, 3] += 1
+    with pytest.raises(UserError, match=r"lm_head.weight +unused"):
+        load({"embed": one, "head": dict(one)}, saved(tmp_path, stored), unused=())
+
+
+def test_the_llama_family_lets_buffers_of_old_transformers_stay(tmp_path, tensors):
+    unused = load_model("llama2-7b").unused
+    buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": random(2), "transformer.h.0.attn.masked_bias": random(1)}
+    manifest = {"q": weight(source("q", 8, 4), shape=[8, 4])}
+    load(manifest, saved(tmp_path, {"q": tensors["q"], **buffers}), unused=tuple(unused))
+    with pytest.raises(UserError, match=r"q_proj\.bias"):
+        load(manifest, saved(tmp_path, {"q": tensors["q"], "self_attn.q_proj.bias": random(8)}), unused=tuple(unused))
+
+
+def test_run_refuses_a_checkpoint_with_more_tensors_than_the_model_reads(tmp_path, save_words_model, capsys):
+    """Qwen3's q_norm in a LLaMA: before anything is generated; a model that says so leaves them."""
+    save_words_model(tmp_path, 64)
+    file, extra = tmp_path / "model.safetensors", "model.layers.1.self_attn.q_norm.weight"
+    save_file({**load_file(file), extra: torch.ones(16)}, file)
+    words = ["run", "--model-path", str(tmp_path), "--input-ids", "1,5,9", "--max-output-length", "2", "--quiet"]
+    assert cli.main([*words, "--graph", str(tmp_path / "mine.yaml")]) == 1
+    assert re.search(rf"{extra} +unused", capsys.readouterr().err)
+    (tmp_path / "knowing.yaml").write_text(f'extends: mine\nname: knowing\nunused: {{"{extra}": a test}}\n')
+    assert cli.main([*words, "--graph", str(tmp_path / "knowing.yaml")]) == 0
+    assert (
+        cli.main(["compile", str(tmp_path / "knowing.yaml"), "--device", "host", "--output", str(tmp_path / "a")]) == 0
+    )
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    assert list(manifest["unused"]) == ["*.attn.bias", "*.attn.masked_bias", "*.rotary_emb.inv_freq", extra]
+    assert cli.main([*words, "--artifact", str(tmp_path / "a")]) == 0
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path, tensors):
