@@ -105,7 +105,7 @@ def _refuse_quantised(config: Mapping[str, Any], config_path: str) -> None:
             continue
         kind = settings.get("quant_method") if isinstance(settings, Mapping) else settings
         raise UserError(
-            f"{config_path}: the weights are quantised ({_say(kind)}), says {key}, and only float weights are offered yet",
+            f"{config_path}: the weights are quantised ({_say(kind)}), says {key}; only float weights are offered yet",
             hint="give the float checkpoint that they were made from",
             code="E502",
         )
