@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from llmc.compiler.checkpoint_files import read_object
-from llmc.compiler.diagnostics import Diagnostic, DiagnosticError, Place, UserError, did_you_mean
+from llmc.compiler.diagnostics import Diagnostic, DiagnosticError, Place, UserError, did_you_mean, one_line
 from llmc.compiler.language.build import Model
 from llmc.compiler.language.config_keys import (
     HARMLESS,
@@ -215,7 +215,7 @@ def _unknown_keys(names: Sequence[str]) -> str:
 
 
 def _listed(config: Mapping[str, Any], names: Sequence[str]) -> str:
-    return ", ".join(f"{name[:60]} = {_say(config[name])}" for name in names[:MOST_NAMES])
+    return one_line(", ".join(f"{name[:60]} = {_say(config[name])}" for name in names[:MOST_NAMES]))
 
 
 def _way_out(names: Sequence[str]) -> str:
@@ -224,7 +224,7 @@ def _way_out(names: Sequence[str]) -> str:
     near = {name: did_you_mean(name, [*KEYS, *ROPE_KEYS]) for name in names}
     typing = "".join(f"{name[:60]}: {hint} " for name, hint in near.items() if hint)
     rules = ", ".join(f'{json.dumps(name)}: {{ignore: "why"}}' for name in names)
-    return (
+    return one_line(
         f"{typing}If nothing that the model computes depends on it: --ignore-config {shlex.join(names)}   "
         f"(llmc run, llmc init), or in the model's YAML  config: {{{rules}}}"
     )
