@@ -45,6 +45,7 @@ ERROR_CODES = (
     "ERROR_INVALID_WORKSPACE_ADDR", "ERROR_INVALID_OPERATION_ADDR", "ERROR_HCCL_FAIL", "ERROR_OUT_OF_DEVICE_MEMORY",
     "ERROR_OUT_OF_HOST_MEMORY", "ERROR_COMM_EMPTY", "NO_ERROR_BUT_LOGGED",
 )  # fmt: skip
+LOGGED = "NO_ERROR_BUT_LOGGED"  # the library logs the failed tiling and says NO_ERROR; the kernel cannot run
 DIM, DIM_NUM, SIZE = "ERROR_INVALID_TENSOR_DIM", "ERROR_INVALID_TENSOR_DIM_NUM", "ERROR_INVALID_TENSOR_SIZE"
 
 
@@ -265,39 +266,39 @@ class AtbOp:
     def param(self, values: Mapping[str, Any] | None = None) -> Param:
         """Fill in the C++ defaults. Unknown fields, and values that a field cannot hold, raise AtbError
         (ERROR_INVALID_PARAM)."""
-        with _stage("create", self.name):
+        with at_stage("create", self.name):
             return _fill(self.fields, values or {}, self.name)
 
     def create(self, param: Param, chip: str) -> None:
         """Stage create."""
-        with _stage("create", self.name):
+        with at_stage("create", self.name):
             check_reserved(param)
             self.check(param, chip)
 
     def infer(self, param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
         """Stage infer shape: input count, tensor limits, dtype/format rows of the inputs, shape rule."""
-        with _stage("infer", self.name):
+        with at_stage("infer", self.name):
             check_count(self.arity(param)[0], ins)
             check_tensors(ins, self.empty(param))
-            check_rows(self.rows(param, chip), ins, self.empty(param), chip)
+            check_rows(self.rows(param, chip), ins, sum(self.arity(param)), self.empty(param), chip)
             return list(self.shape(param, ins, chip))
 
     def setup(self, param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> None:
         """Stage setup: rows of inputs and outputs together, late rules, output shapes as inferred."""
-        with _stage("setup", self.name):
+        with at_stage("setup", self.name):
             n_in, n_out = self.arity(param)
             check_count(n_in, ins)
             require(len(outs) == n_out, "ERROR_INVALID_IN_TENSOR_NUM", "number of outputs",
                     found=str(len(outs)), expected=str(n_out))  # fmt: skip
             check_tensors(outs, self.empty(param), n_in, "output")
-            check_rows(self.rows(param, chip), [*ins, *outs], self.empty(param), chip)
+            check_rows(self.rows(param, chip), [*ins, *outs], n_in + n_out, self.empty(param), chip)
             self.late(param, ins, outs, chip)
             for index, (out, inferred) in enumerate(zip(outs, self.shape(param, ins, chip), strict=True)):
                 require(out.shape == inferred.shape, "ERROR_INVALID_TENSOR_DIM", "an output is not as inferred",
                         found=str(out), expected=str(inferred), tensor=f"output {index}")  # fmt: skip
 
 
-class _stage:
+class at_stage:
     """Puts the stage and the operation's name on an AtbError that passes through."""
 
     def __init__(self, stage: str, operation: str) -> None:
@@ -377,12 +378,15 @@ def check_tensors(descs: Sequence[Desc], empty: frozenset[int], first: int = 0, 
                 found=f"{desc}: {size} bytes", expected="1 byte to 256 GiB", tensor=name)  # fmt: skip
 
 
-def check_rows(rows: Sequence[Row] | None, descs: Sequence[Desc], empty: frozenset[int], chip: str) -> None:
-    """The (dtype, format) tuple must equal one row in its first len(descs) columns; empty tensors are skipped.
+def check_rows(
+    rows: Sequence[Row] | None, descs: Sequence[Desc], tensors: int, empty: frozenset[int], chip: str
+) -> None:
+    """The (dtype, format) tuple must equal one row in its first len(descs) columns; empty tensors are skipped. A row of
+    another length than the operation's number of tensors never fits: some parameters add an input that no row has.
 
     A row that has bf16 is then refused on 310P with ERROR_INVALID_TENSOR_DTYPE (reference section 0)."""
     if rows is not None:
-        _check_match(rows, descs, empty, chip)
+        _check_match([row for row in rows if len(row) == tensors], descs, empty, chip)
     for index, desc in enumerate(descs):
         require(not (chip == "Ascend310P" and desc.dtype == "bfloat16"), "ERROR_INVALID_TENSOR_DTYPE",
                 f"{chip} has no bfloat16", found=str(desc), tensor=f"tensor {index}")  # fmt: skip

@@ -16,6 +16,7 @@ from llmc.compiler.atb.core import (
     DIM,
     DIM_NUM,
     DTYPE_BYTES,
+    LOGGED,
     AtbOp,
     Desc,
     Field,
@@ -112,6 +113,31 @@ def elewise_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     return [Desc(dtype="int8" if kind in COMPARISONS else x.dtype, shape=shape or (), format=x.format)]
 
 
+def elewise_late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> None:
+    """What only the kernels refuse (elewise_operation.cpp of the kernels and their tiling)."""
+    kind, x = param.elewiseType, ins[0]
+    if kind == CAST and param.outTensorType == ACL_UNDEFINED:
+        require(x.dtype in (_F16, _F32), "ERROR_RT_FAIL", "a CAST without outTensorType", found=x.dtype,
+                expected="float16 or float32", tensor="input 0")  # fmt: skip
+    if kind in PER_CHANNEL:
+        _check_channels(x, ins[1], ins[2])
+        count = ins[1].elements if ins[1].elements > 1 else x.elements
+        require(chip != "Ascend310P" or count % QUANT_MULTIPLE == 0, LOGGED, f"values that are scaled on {chip}",
+                found=str(count), expected=f"a multiple of {QUANT_MULTIPLE}", tensor="input 1")  # fmt: skip
+    if kind == DYNAMIC_QUANT and chip == "Ascend310P":
+        require(x.shape[-1] % QUANT_MULTIPLE == 0, LOGGED, f"last dimension of x on {chip}", found=str(x),
+                expected=f"a multiple of {QUANT_MULTIPLE}", tensor="input 0")  # fmt: skip
+
+
+def _check_channels(x: Desc, scale: Desc, offset: Desc) -> None:
+    """One value, or the trailing dims of x; unlike in numpy a 1 does not broadcast."""
+    require(offset.elements == 0 or offset.shape == scale.shape, "ERROR_RT_FAIL", "scale and offset differ in shape",
+            found=str(offset), expected=f"empty or {list(scale.shape)}", tensor="input 2")  # fmt: skip
+    tail = x.shape[max(0, len(x.shape) - len(scale.shape)) :]
+    require(scale.elements == 1 or scale.shape == tail, "ERROR_RT_FAIL", "the scale is no tail of x",
+            found=str(scale), expected=f"one value, or the last dims of {x}", tensor="input 1")  # fmt: skip
+
+
 def cast_dtype(wanted: int, found: str) -> str:
     """dtype of a cast; where outTensorType is not said, float32 becomes float16 and everything else float32."""
     if wanted == ACL_UNDEFINED:
@@ -140,6 +166,7 @@ ELEWISE = AtbOp(
     check=elewise_check,
     rows=elewise_rows,
     shape=elewise_shape,
+    late=elewise_late,
     empty=lambda param: frozenset({2} if param.elewiseType in PER_CHANNEL else ()),
     source="atb-operations.md 0 and 3.13",
 )

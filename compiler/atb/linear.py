@@ -188,8 +188,12 @@ def _check_per_token(scale: Desc, token_scale: Desc, m: int, n: int) -> None:
 def linear_late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> None:
     require(len(outs[0].shape) == len(ins[0].shape), DIM_NUM, "output and x differ in rank",
             found=str(outs[0]), expected=f"{len(ins[0].shape)} dimensions", tensor="output 0")  # fmt: skip
-    float32 = ins[0].dtype == "float32" and chip == "Ascend910B"
-    require_param(not (float32 and param.transposeA), "a float32 Linear needs transposeA = false")
+    if ins[0].dtype == "float32" and chip == "Ascend910B":  # a gate's kernel: [m, k] and [n, k] only
+        plain = not param.transposeA and param.transposeB
+        for index in (0, 1):
+            require(len(ins[index].shape) == 2, "ERROR_RT_FAIL", "a float32 Linear has 2-D inputs",
+                    found=str(ins[index]), expected="2 dimensions", tensor=f"input {index}")  # fmt: skip
+        require_param(plain, "a float32 Linear needs transposeA = false and transposeB = true")
 
 
 LINEAR = AtbOp(

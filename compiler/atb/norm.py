@@ -8,7 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmc.compiler.atb.core import DIM, DIM_NUM, SIZE, AtbOp, Desc, Field, Param, Row, require, require_param, struct
+from llmc.compiler.atb.core import (
+    DIM,
+    DIM_NUM,
+    LOGGED,
+    SIZE,
+    AtbOp,
+    Desc,
+    Field,
+    Param,
+    Row,
+    require,
+    require_param,
+    struct,
+)
 
 NORM, PRENORM, POSTNORM = 1, 2, 3  # layerType of both operations
 UNQUANT, INT8 = 0, 2  # quantType
@@ -174,7 +187,16 @@ def _rms_combination(param: Param, chip: str) -> None:
         require_param(chip != "Ascend310P", f"{chip} has no rstd")
 
 
+def _check_epsilon(value: float) -> None:
+    """Creation takes negative ones too."""
+    require(value > 0, LOGGED, "epsilon", found=str(value), expected="above 0")
+
+
 def rms_late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> None:
+    used = {NORM: param.normParam, PRENORM: param.preNormParam, POSTNORM: param.postNormParam}[param.layerType]
+    static = rms_quant(param) == INT8 and (param.layerType != NORM or used.dynamicQuantType == STATIC)
+    if not static and not (param.layerType == NORM and used.rstd):  # the other kernels do not look
+        _check_epsilon(used.epsilon)
     for index, out in enumerate(outs[:1] if param.layerType == NORM else outs):
         require(len(out.shape) == len(ins[0].shape), SIZE, "output and x differ in rank", found=str(out),
                 expected=str(ins[0]), tensor=f"output {index}")  # fmt: skip
@@ -301,6 +323,12 @@ def _layer_axis(x: Desc, gamma: Desc, axis: int) -> None:
                   tensor="input 1")  # fmt: skip
 
 
+def layer_late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> None:
+    used = {NORM: param.normParam, PRENORM: param.preNormParam, POSTNORM: param.postNormParam}[param.layerType]
+    if param.layerType != NORM or used.quantType == INT8:  # the plain kernel does not look
+        _check_epsilon(used.epsilon)
+
+
 OP_MODE = Field(name="opMode", kind="uint", default=0)
 ZOOM_SCALE = Field(name="zoomScaleValue", kind="float", default=1.0)
 
@@ -329,6 +357,7 @@ LAYER_NORM = AtbOp(
     check=layer_check,
     rows=layer_rows,
     shape=layer_shape,
+    late=layer_late,
     source="atb-operations.md 3.6",
 )  # fmt: skip
 

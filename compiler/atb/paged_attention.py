@@ -10,7 +10,7 @@ Sources: atb-operations.md 1.6 and 3.9, atb-layers/masks.json and refusals.json,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 
 from llmc.compiler.atb.core import (
@@ -19,6 +19,7 @@ from llmc.compiler.atb.core import (
     ACL_FLOAT16,
     ACL_UNDEFINED,
     DIM,
+    LOGGED,
     AtbOp,
     Desc,
     Field,
@@ -52,6 +53,9 @@ NOT_SPEC, SPEC = range(2)
 NO_COMPRESS, KVHEAD, KVHEAD_ROPE = range(3)
 
 MAX_HEAD, MAX_HEAD_PLAIN_BLOCK, MAX_BLOCK_AREA, MAX_MLA_BATCH = 576, 256, 128 * 128, 8192
+MAX_INT64_DESCALE_HEAD = 128
+MAX_SPEC_BATCH, MAX_SPEC_HEADS, MAX_SPEC_BLOCK = 2000, 256, 128  # of several new tokens a sequence
+LONG_COMPRESS = 2048  # side of 310P's compressed mask
 
 
 def qkv_quantised(param: Param) -> bool:
@@ -144,6 +148,8 @@ def _check_spec(param: Param, chip: str) -> None:
         legal = (NORM, SPEC_MASK)
     require_param(param.maskType in legal, "CALC_TYPE_SPEC: maskType", found=str(param.maskType),
                   expected=", ".join(map(str, legal)))  # fmt: skip
+    require(param.maskType != NO_MASK or param.mlaVHeadSize > 0, LOGGED, "CALC_TYPE_SPEC without a mask has no dtypes",
+            found="maskType UNDEFINED", expected="MASK_TYPE_SPEC, MASK_FREE or NORM_COMPRESS")  # fmt: skip
 
 
 def _check_mla(param: Param) -> None:
@@ -174,8 +180,11 @@ def rows(param: Param, chip: str) -> list[Row]:
             "vDescale": descale, "vOffset": "int32", "qSeqLen": "int32", "razorOffset": "float32",
             "pScale": "float32", "logN": "float16" if cache_format else "float32",
         }  # fmt: skip
+        spec = param.calcType == SPEC and not param.mlaVHeadSize
+        if spec and cache_format and dtype == "bfloat16":
+            continue
         found.append((*(words[name] for name in names), out))
-        if param.maskType == NORM_COMPRESS:  # the ND form [2048, 2048]
+        if spec:  # and an ND mask with NZ caches
             found.append((*((words | {"mask": out})[name] for name in names), out))
     return list(dict.fromkeys(found))
 
@@ -259,9 +268,10 @@ def _check_mask_free(param: Param, named: dict[str, Desc], chip: str) -> None:
         require_dim(mask.shape == (1, 8, 128, 16), "shape of the mask", mask, "[1, 8, 128, 16]", "mask")
         require_param(block == 128, "MASK_TYPE_MASK_FREE needs blocks of 128", found=str(block))
     elif param.maskType == NORM_COMPRESS:
-        mask = named["mask"]
-        require_dim(mask.shape in ((2048, 2048), (1, 128, 2048, 16)), "shape of the compressed mask", mask,
-                    "[2048, 2048] or [1, 128, 2048, 16]", "mask")  # fmt: skip
+        mask, size = named["mask"], LONG_COMPRESS
+        nd = ((size, size), (1, size, size), (1, 1, size, size))
+        fits = mask.shape in (((1, size // 16, size, 16),) if mask.format == "nz" else nd)
+        require_dim(fits, "shape of the compressed mask", mask, f"nd [{size}, {size}]", "mask")
 
 
 def late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> None:
@@ -277,17 +287,141 @@ def late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> 
         require_dim(named["logN"].shape == batch, "logN is [B]", named["logN"], list(batch), "logN")
         status = named.get("batchRunStatus")
         require_dim(status is None or status.shape[0] == batch[0], "batchRunStatus is [B]", status, list(batch))
-    if "mask" not in named or not is_910b(chip):
+    if is_910b(chip):
+        _check_kernel(param, named)
+    elif "mask" in named:
+        _check_mask_310p(param, named["mask"], named["contextLens"].shape[0])
+    if chip != "host":
+        _check_tiling(param, named, chip)
+
+
+RT_FAIL = "ERROR_RT_FAIL"  # what Setup returns when the kernel refuses
+
+
+def _require_kernel(condition: bool, message: str, found: object, expected: object, tensor: str) -> None:
+    require(condition, RT_FAIL, message, found=str(found), expected=str(expected), tensor=tensor)
+
+
+def _check_kernel(param: Param, named: dict[str, Desc]) -> None:
+    """910B: what the kernel refuses (paged_attention_operation.cpp of the kernels). B counts contextLens."""
+    query, key, heads = named["query"].shape, named["keyCache"].shape, kv_heads(param)
+    _require_kernel(query[1] == param.headNum, "query heads", named["query"], f"headNum {param.headNum}", "query")
+    own = key[1] if param.inputLayout == BNSD else key[2]
+    value = named.get("valueCache")
+    _require_kernel(value is None or value.shape[:3] == key[:3], "the caches differ before the head size", value,
+                    named["keyCache"], "valueCache")  # fmt: skip
+    if param.compressType == NO_COMPRESS:
+        _require_kernel(own == heads, "heads of the cache are not kvHeadNum", named["keyCache"], heads, "keyCache")
+    else:
+        lengths = named["contextLens"]
+        _require_kernel(own == 1, "heads of a compressed cache", named["keyCache"], 1, "keyCache")
+        _require_kernel(lengths.shape[0] == query[0] * heads, "a length a token and kv head", lengths,
+                        f"[{query[0] * heads}]", "contextLens")  # fmt: skip
+    if param.quantType == DEQUANT_FUSION:
+        _check_dequant(param, named, heads)
+    elif qkv_quantised(param):
+        for name in ("kDescale", "vDescale", "pScale"):
+            _require_kernel(name not in named or named[name].shape == (param.headNum,), "a scale has one value a head",
+                            named.get(name), f"[{param.headNum}]", name)  # fmt: skip
+    if "mask" in named and not param.mlaVHeadSize:
+        leading = mask_leading(param, named["mask"], named["contextLens"].shape[0])
+        _require_kernel(
+            leading is not None, "this mask shape is not supported", named["mask"],
+            "[>= longest q, >= longest context] after: nothing; norm [B]; alibi [headNum]; [B, headNum]", "mask",
+        )  # fmt: skip
+
+
+def _check_mask_310p(param: Param, mask: Desc, batch: int) -> None:
+    """An ND mask goes through Transdata first. The last three sizes are not compared with the lengths."""
+    if param.maskType == NORM_COMPRESS:
+        _require_kernel(mask.format == "nd", "the compressed mask must be nd", mask, "nd [2048, 2048]", "mask")
         return
-    mask, batch_size, tokens = named["mask"].shape, named["contextLens"].shape[0], named["query"].shape[0]
-    fits = {
-        2: mask[0] == tokens,  # SPEC [T, ctx]
-        3: mask[0] == (param.headNum if param.maskType == ALIBI else batch_size),  # [B, 1, ctx], alibi [N, 1, ctx]
-        4: mask[:2] == (batch_size, param.headNum),
-    }
-    require(fits.get(len(mask), False), "ERROR_RT_FAIL", "this mask shape is not supported", found=str(named["mask"]),
-            expected=f"[{batch_size}, 1, ctx]; alibi [{batch_size}, {param.headNum}, 1, ctx]; spec [{tokens}, ctx]",
-            tensor="mask")  # fmt: skip
+    if mask.format == "nd":
+        _require_kernel(len(mask.shape) > 2, "an nd mask needs 3 dimensions", mask, "[1, T, ctx]", "mask")
+        return
+    fits = len(mask.shape) == 4 and mask.shape[3] == 16
+    fits = fits and mask.shape[0] in (1, param.headNum, batch, batch * param.headNum)
+    _require_kernel(fits, "not an NZ decoder mask", mask, f"[1 or {batch}, ctx / 16, 16, 16]", "mask")
+
+
+def _check_tiling(param: Param, named: dict[str, Desc], chip: str) -> None:
+    """Sizes that the kernels' tiling refuses."""
+    key = named["keyCache"].shape
+    block = key[1] if is_910b(chip) and param.inputLayout == BSND else key[2]
+    require(block % 16 == 0, LOGGED, "block size", found=str(block), expected="a multiple of 16", tensor="keyCache")
+    if not is_910b(chip) or param.mlaVHeadSize or key[3] != named["valueCache"].shape[3]:
+        return
+    size = key[3]
+    if size == MAX_HEAD_PLAIN_BLOCK and block >= 128:
+        require(block % 128 == 0, LOGGED, f"block size with head size {size}", found=str(block),
+                expected="a multiple of 128", tensor="keyCache")  # fmt: skip
+    elif size <= MAX_HEAD_PLAIN_BLOCK:
+        require(size * block <= MAX_BLOCK_AREA, LOGGED, "head size times block size", found=f"{size} x {block}",
+                expected=f"at most {MAX_BLOCK_AREA}", tensor="keyCache")  # fmt: skip
+
+
+def check_lengths(param: Param, named: Mapping[str, Desc], contexts: Sequence[int], q_lens: Sequence[int],
+                  chip: str) -> None:  # fmt: skip
+    """What Setup refuses when it knows the lengths; `q_lens` holds ones where the operation has no qSeqLen."""
+    longest_q, longest = max(q_lens, default=0), max(contexts, default=0)
+    if is_910b(chip) and "mask" in named and not param.mlaVHeadSize:
+        _require_kernel(min(*contexts, *q_lens, 0) >= 0 and longest > 0 and longest_q > 0, "lengths", contexts,
+                        "above 0", "contextLens")  # fmt: skip
+        _require_kernel(longest >= longest_q, "the longest query is longer than the longest context", longest_q,
+                        f"at most {longest}", "qSeqLen")  # fmt: skip
+        rows, columns = named["mask"].shape[-2:]
+        _require_kernel(rows >= longest_q and columns >= longest, "this mask shape is not supported", named["mask"],
+                        f"at least {longest_q} x {longest}", "mask")  # fmt: skip
+    if param.maskType == MASK_FREE and not is_910b(chip):
+        for context, q_len in zip(contexts, q_lens, strict=True):
+            require_param(context >= q_len and (context - q_len) % 128 == 0, "MASK_TYPE_MASK_FREE: cached tokens",
+                          found=str(context - q_len), expected="a multiple of 128", tensor="contextLens")  # fmt: skip
+    if chip == "host":
+        return
+    require(is_910b(chip) or min(q_lens, default=1) > 0, LOGGED, "qSeqLen", found=str(list(q_lens)), expected="above 0",
+            tensor="qSeqLen")  # fmt: skip
+    several = longest_q > 1 if is_910b(chip) else sum(q_lens) != len(q_lens)
+    if several or param.maskType in (SPEC_MASK, MASK_FREE):
+        _check_several(param, named, len(contexts), chip)
+
+
+def _check_several(param: Param, named: Mapping[str, Desc], batch: int, chip: str) -> None:
+    """Tiling of several new tokens a sequence."""
+    query, key = named["query"].shape, named["keyCache"].shape
+    for what, found, most in (
+        ("sequences", batch, MAX_SPEC_BATCH),
+        ("heads", param.headNum, MAX_SPEC_HEADS),
+        ("block size", key[1] if is_910b(chip) else key[2], MAX_SPEC_BLOCK),
+        ("heads x head size", param.headNum * query[2], MAX_BLOCK_AREA),
+    ):
+        require(found <= most, LOGGED, f"several new tokens a sequence: {what}", found=str(found),
+                expected=f"at most {most}")  # fmt: skip
+
+
+def _check_dequant(param: Param, named: dict[str, Desc], heads: int) -> None:
+    size, block = named["valueCache"].shape[3], named["valueCache"].shape[1]
+    for name in ("kDescale", "vDescale", "kOffset", "vOffset"):
+        if name in named:
+            _require_kernel(named[name].shape[0] == heads * named["query"].shape[2], "one value a kv head and channel",
+                            named[name], f"[{heads * named['query'].shape[2]}]", name)  # fmt: skip
+    _require_kernel(named["kDescale"].shape == named["vDescale"].shape, "kDescale and vDescale differ",
+                    named["vDescale"], named["kDescale"], "vDescale")  # fmt: skip
+    narrow = named["kDescale"].dtype == "float32" or (size <= MAX_INT64_DESCALE_HEAD and block <= size)
+    _require_kernel(narrow, "int64 scales: head size and block size", named["valueCache"],
+                    f"head size up to {MAX_INT64_DESCALE_HEAD}, blocks no larger than it", "valueCache")  # fmt: skip
+
+
+def mask_leading(param: Param, mask: Desc, batch: int) -> tuple[int, ...] | None:
+    """Dimensions before the last two of an ND mask on 910B, or None if that form does not exist. The last two need only
+    cover the longest query and context. `batch` counts contextLens: kv heads too where they are compressed."""
+    sequences = batch // kv_heads(param) if param.compressType else batch
+    forms: list[tuple[int, ...]] = [(), (batch, param.headNum)]
+    if param.maskType == NORM:
+        forms += [(batch,), (sequences,)]
+    elif param.maskType == ALIBI:
+        forms += [(param.headNum,), (sequences, param.headNum)]
+    leading = mask.shape[:-2]
+    return leading if leading in forms and len(mask.shape) >= 2 else None
 
 
 def host(param: Param, chip: str) -> frozenset[int]:
@@ -305,7 +439,9 @@ def host(param: Param, chip: str) -> frozenset[int]:
 ENUMS = {
     "MaskType": {"UNDEFINED": 0, "MASK_TYPE_NORM": 1, "MASK_TYPE_ALIBI": 2, "MASK_TYPE_SPEC": 3},
     "QuantType": QUANT_TYPES,
-    "CompressType": {"COMPRESS_TYPE_UNDEFINED": 0, "COMPRESS_TYPE_KVHEAD": 1, "COMPRESS_TYPE_KVHEAD_ROPE": 2},
+    "CompressType": {
+        "COMPRESS_TYPE_UNDEFINED": 0, "COMPRESS_TYPE_KVHEAD": 1, "COMPRESS_TYPE_KVHEAD_ROPE": 2, "COMPRESS_TYPE_MAX": 3,
+    },
     "CalcType": {"CALC_TYPE_UNDEFINED": 0, "CALC_TYPE_SPEC": 1},
     "ScaleType": SCALE_TYPES,
 }  # fmt: skip

@@ -21,6 +21,7 @@ from llmc.compiler.atb.core import (
     ACL_UNDEFINED,
     DIM,
     DIM_NUM,
+    LOGGED,
     SIZE,
     AtbOp,
     Desc,
@@ -51,6 +52,7 @@ UNQUANT, DEQUANT_FUSION, QKV_OFFLINE, QKV_ONLINE = range(4)
 
 # Head size limits (910B by the kernel that takes the case; 310P).
 MAX_HEAD, MAX_HEAD_EQUAL, MAX_HEAD_MIXED, MAX_HEAD_ALIBI = 576, 256, 1024, 128
+PREFIX_BLOCK = 128  # PREFIX_ENCODER: the only block size, and what cached tokens are a multiple of
 
 
 def is_910b(chip: str) -> bool:
@@ -632,6 +634,9 @@ def late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> 
     if not is_910b(chip):
         _late_310p(param, named, mask)
         return
+    if prefix(param) and chip != "host":
+        require(named["keyCache"].shape[1] == PREFIX_BLOCK, LOGGED, "PREFIX_ENCODER: block size",
+                found=str(named["keyCache"]), expected=str(PREFIX_BLOCK), tensor="keyCache")  # fmt: skip
     if mask is None or mask.elements == 0 or has_slopes(param) or param.windowSize or prefix(param):
         return
     batch = (named.get("tokenOffset") or named["seqLen"]).shape[-1]
@@ -645,6 +650,16 @@ def late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> 
             tensor="mask")  # fmt: skip
 
 
+def check_prefix_lengths(q_lens: Sequence[int], kv_lens: Sequence[int], chip: str) -> None:
+    """PREFIX_ENCODER: what Setup refuses when it knows the lengths."""
+    if chip == "host":
+        return
+    for q_len, kv_len in zip(q_lens, kv_lens, strict=True):
+        fits = q_len >= 0 and kv_len >= 0 and (kv_len - q_len) % PREFIX_BLOCK == 0
+        require(fits, LOGGED, "PREFIX_ENCODER: cached tokens", found=str(kv_len - q_len),
+                expected=f"a multiple of {PREFIX_BLOCK}", tensor="kvSeqLen")  # fmt: skip
+
+
 def _late_310p(param: Param, named: dict[str, Desc], mask: Desc | None) -> None:
     if paged(param):
         query = named["query"]
@@ -655,7 +670,7 @@ def _late_310p(param: Param, named: dict[str, Desc], mask: Desc | None) -> None:
             flat = mask.format == "nd" and len(mask.shape) == 2
             require_param(not flat, "on 310P a mask is NZ or [1 or B, S, S]", found=str(mask), tensor="mask")
         # The library logs the failed tiling and still returns NO_ERROR; the kernel cannot run.
-        require(not has_slopes(param) or param.isTriuMask == 1, "NO_ERROR_BUT_LOGGED",
+        require(not has_slopes(param) or param.isTriuMask == 1, LOGGED,
                 "on 310P a compressed alibi mask needs isTriuMask 1")  # fmt: skip
     elif mask is not None and mask.format == "nd" and param.inputLayout == BSND:
         require(param.maskType == ALIBI, "ERROR_OUT_OF_HOST_MEMORY", "on 310P the mask must be NZ",
@@ -694,7 +709,7 @@ def writes(param: Param) -> frozenset[int]:
 QUANT_TYPES = {
     "TYPE_QUANT_UNQUANT": 0, "TYPE_DEQUANT_FUSION": 1, "TYPE_QUANT_QKV_OFFLINE": 2, "TYPE_QUANT_QKV_ONLINE": 3,
 }  # fmt: skip
-SCALE_TYPES = {"SCALE_TYPE_TOR": 0, "SCALE_TYPE_LOGN": 1}
+SCALE_TYPES = {"SCALE_TYPE_TOR": 0, "SCALE_TYPE_LOGN": 1, "SCALE_TYPE_MAX": 2}
 
 # Members that torch_atb has; C++ adds KERNELTYPE_EXP_M8V2 = 2 and MASK_TYPE_CAUSAL_MASK = 9 (reference 2.2).
 ENUMS = {

@@ -394,6 +394,9 @@ AS_STRIDED = AtbOp(
 )
 
 
+MAX_INT64 = 2**63 - 1
+
+
 def repeat_check(param: Param, chip: str) -> None:
     require_param(len(param.multiples) <= MAX_DIM and all(m > 0 for m in param.multiples),
                   "multiples must be at most 8 positive numbers", found=str(list(param.multiples)))  # fmt: skip
@@ -408,7 +411,10 @@ def repeat_shape(param: Param, ins: Sequence[Desc], chip: str) -> list[Desc]:
     require(repeated + len(multiples) <= MAX_DIM, DIM, "too many repeated dims",
             found=f"{len(multiples)} dims, {repeated} repeated", expected=f"together at most {MAX_DIM}")  # fmt: skip
     padded = (1,) * (len(multiples) - len(shape)) + shape
-    return [ins[0].with_shape([m * dim for m, dim in zip(multiples, padded, strict=True)])]
+    repeats = [m * dim for m, dim in zip(multiples, padded, strict=True)]
+    require_param(max(repeats) <= MAX_INT64, "a repeated dim overflows", found=f"{ins[0]}, multiples {multiples}",
+                  expected="at most 2^63 - 1")  # fmt: skip
+    return [ins[0].with_shape(repeats)]
 
 
 def repeat_late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> None:

@@ -64,8 +64,18 @@ def _write_compressed(named: dict[str, Tensor], new: Tensor, cache: Tensor, slot
     and the rule follows the parameters' description.
     """
     rows, heads = cache.view(-1, cache.shape[-1]), new.shape[1]
-    lengths, wins = named["seqLen"].tolist(), named["wins"].tolist()
-    offsets = named["offsetIndex"].tolist() if "offsetIndex" in named else None
+    lengths, wins = named["seqLen"].flatten().tolist(), named["wins"].flatten().tolist()
+    offsets = named["offsetIndex"].flatten().tolist() if "offsetIndex" in named else None
+    pairs = slots.numel()
+    if (
+        pairs % heads
+        or len(lengths) < pairs // heads
+        or min(len(wins), len(wins if offsets is None else offsets)) < pairs
+    ):
+        raise refuse("slots, wins and seqLen", f"{pairs}, {len(wins)} and {len(lengths)} values",
+                     f"one a sequence and each of {heads} heads, and one a sequence")  # fmt: skip
+    if min(lengths) < 0 or min(wins) < 0 or sum(lengths[: pairs // heads]) > new.shape[0]:
+        raise refuse("seqLen and wins", f"{lengths}, {wins}", f"not negative, at most {new.shape[0]} tokens in all")
     starts = [sum(lengths[:b]) for b in range(len(lengths))]
     for pair, slot in enumerate(slots.tolist()):
         batch, head = divmod(pair, heads)
@@ -83,7 +93,7 @@ def _write_compressed(named: dict[str, Tensor], new: Tensor, cache: Tensor, slot
 def kv_cache(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]:
     """Writes newKv into cache[layerId] at positions tokenOffset - seqLen to tokenOffset of each sequence."""
     new, layer_id, cache, ends, counts = (dict(zip(KV_INPUTS, tensors, strict=True))[name] for name in KV_INPUTS)
-    layer = int(layer_id.item())
+    layer = int(layer_id.tolist()[0])
     if not 0 <= layer < cache.shape[0]:
         raise refuse("layerId", layer, f"below {cache.shape[0]}")
     one = cache[layer]

@@ -38,7 +38,7 @@ from llmc.compiler.atb.collective import (
 )
 from llmc.compiler.atb.core import AtbError, Desc, Param
 from llmc.runtime.hostatb.linear import oriented_weight
-from llmc.runtime.hostatb.numeric import ACL_TORCH, Kernel, round_to, scale_values
+from llmc.runtime.hostatb.numeric import ACL_TORCH, Kernel, refuse, round_to, scale_values
 
 T = TypeVar("T")
 _thread = threading.local()
@@ -214,7 +214,13 @@ def linear_parallel(param: Param, tensors: Sequence[Tensor], descs: Sequence[Des
         total = total if fused(param) else round_to(total, dtype, chip).float()
         total = total + named["residual"].float()
     out = round_to(total, dtype, chip).contiguous()
-    return [out, x.clone() if param.rankSize == 1 else x] if param.keepIntermediate else [out]
+    if not param.keepIntermediate:
+        return [out]
+    if kind != ALL_GATHER_LINEAR:
+        raise AtbError("ERROR_INVALID_PARAM", "keepIntermediate keeps the gathered x, and this gathers nothing",
+                       found=f"backend {param.backend}, type {param.type}", expected="lcoc, ALL_GATHER_LINEAR (2)",
+                       stage="execute")  # fmt: skip
+    return [out, x.clone() if param.rankSize == 1 else x]
 
 
 def _two_dim(param: Param, named: dict[str, Tensor], rank: int, chip: str) -> Tensor:
@@ -243,6 +249,9 @@ def _product(param: Param, x: Tensor, named: dict[str, Tensor]) -> Tensor:
     if not is_quant(param):  # one dtype; torch sums 16-bit products in fp32 and rounds once, as the caller would
         return x @ weight
     bias, scale = named["bias"], scale_values(named["scale"])
+    for vector in (bias, scale):  # the table lets quantGroupSize shape them whatever quantType is
+        if vector.dim() == 2 and vector.shape[0] > 1 and param.quantType != LINEAR_PER_GROUP:
+            raise refuse("rows of bias and scale", list(vector.shape), "1 unless QUANT_TYPE_PER_GROUP")
     if x.dtype == torch.int8:  # exact in fp64: |sum| < 2^53
         total = x.double() @ weight.double()
         total = (total + bias if bias.numel() else total).float() * scale

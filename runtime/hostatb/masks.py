@@ -17,6 +17,7 @@ from llmc.compiler.atb.self_attention import (
     ALIBI,
     ALIBI_COMPRESS_LEFT_ALIGN,
     ALIBI_COMPRESS_SQRT,
+    DECODER,
     HIGH_PRECISION,
     NORM_COMPRESS,
     has_slopes,
@@ -30,7 +31,8 @@ TILE = 128
 
 
 def mask_factor(mask: Tensor, param: Param, chip: str) -> float:
-    """What the SelfAttention kernels multiply a mask by before it is added."""
+    """What the SelfAttention kernels multiply a mask by before it is added. DECODER and dynamic batch have a kernel of
+    their own, whatever kernelType says, and it multiplies bfloat16 masks only."""
     per_head = param.maskType == ALIBI or has_slopes(param)
     if not is_910b(chip) or per_head or mask.dtype == torch.float32:
         return 1.0
@@ -38,7 +40,8 @@ def mask_factor(mask: Tensor, param: Param, chip: str) -> float:
         return LARGEST
     if prefix(param):
         return -10000.0
-    return LARGEST if param.kernelType == HIGH_PRECISION else 1.0
+    precise = param.kernelType == HIGH_PRECISION and param.calcType != DECODER and not param.batchRunStatusEnable
+    return LARGEST if precise else 1.0
 
 
 def is_tile(desc: Desc, param: Param) -> bool:

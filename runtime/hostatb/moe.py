@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmc.compiler.atb.core import Desc, Param
-from llmc.runtime.hostatb.numeric import Kernel
+from llmc.runtime.hostatb.numeric import Kernel, refuse
 
 
 def gating(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]:
@@ -18,6 +18,9 @@ def gating(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip:
     to the front in ascending order of expert, the rest is zero, and a fourth output says how many there are.
     """
     experts, indices = tensors
+    low, high = int(experts.min()), int(experts.max())
+    if param.cumSumNum and (low < 0 or high >= param.cumSumNum):
+        raise refuse("expert numbers", f"{low} to {high}", f"0 to {param.cumSumNum - 1}")
     sums_dtype = torch.int64 if param.cumSumInt64 else torch.int32
     order = experts.argsort(stable=True)
     original = indices[order]

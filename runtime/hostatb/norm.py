@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmc.compiler.atb.core import Desc, Param
 from llmc.compiler.atb.norm import GEMMA, HIGH_PERFORMANCE, INT8, NORM, POSTNORM, PRENORM, STATIC, rms_has_bias
-from llmc.runtime.hostatb.numeric import Kernel, round_to
+from llmc.runtime.hostatb.numeric import Kernel, refuse, round_to
 
 
 def rms_norm(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]:
@@ -32,7 +32,7 @@ def _rms_norm(norm: Param, tensors: Sequence[Tensor], chip: str) -> list[Tensor]
     x, gamma = tensors[:2]
     wide = x.float()
     if norm.quantType == INT8:
-        y = _scaled(wide, gamma.reshape(-1), norm.epsilon)[0] + tensors[2].reshape(-1).float()
+        y = _scaled(wide, gamma.reshape(-1), norm.epsilon)[0] + _row(tensors[2], x).float()
         return quantise_rows(y) if norm.dynamicQuantType != STATIC else [_static_int8(y, tensors[3], tensors[4], chip)]
     if norm.rstd:
         y, inverse = _scaled(wide, gamma, norm.epsilon, gamma.dim())
@@ -43,6 +43,13 @@ def _rms_norm(norm: Param, tensors: Sequence[Tensor], chip: str) -> list[Tensor]
     weight = gamma.reshape(-1).float()
     y = _scaled(wide, weight + 1 if norm.modelType == GEMMA else weight, norm.epsilon)[0]
     return [round_to(y, x.dtype, chip)]
+
+
+def _row(tensor: Tensor, x: Tensor) -> Tensor:
+    """gamma or beta as one row of x; the library does not look at all of them."""
+    if tensor.numel() != x.shape[-1]:
+        raise refuse("gamma or beta", list(tensor.shape), f"[{x.shape[-1]}]")
+    return tensor.reshape(-1)
 
 
 def _rms_prenorm(param: Param, tensors: Sequence[Tensor], chip: str) -> list[Tensor]:
@@ -102,13 +109,15 @@ def layer_norm(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], c
     if param.layerType == NORM:
         gamma, beta = tensors[1:3]
         if norm.quantType != INT8:
+            if not x.shape[-gamma.dim() :] == gamma.shape == beta.shape:
+                raise refuse("gamma and beta", f"{list(gamma.shape)}, {list(beta.shape)}", f"a tail of {list(x.shape)}")
             return [round_to(_layer(x.float(), gamma, beta, norm.epsilon, gamma.dim()), x.dtype, chip)]
-        y = _layer(x.float(), gamma.reshape(-1), beta.reshape(-1), norm.epsilon)
+        y = _layer(x.float(), _row(gamma, x), _row(beta, x), norm.epsilon)
         return quantise_rows(y) if norm.dynamicQuantType != STATIC else [_static_int8(y, tensors[3], tensors[4], chip)]
     used = param.postNormParam if param.layerType == POSTNORM else param.preNormParam
     residual, gamma, beta = tensors[1:4]
     total = x.float() + used.zoomScaleValue * residual.float()
-    y = _layer(total, gamma.reshape(-1), beta.reshape(-1), used.epsilon)
+    y = _layer(total, _row(gamma, x), _row(beta, x), used.epsilon)
     rounded = round_to(y, x.dtype, chip)
     if param.layerType == PRENORM:
         return [rounded, round_to(total, x.dtype, chip)]

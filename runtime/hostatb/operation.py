@@ -9,13 +9,14 @@ meets, a `Plan`: the checks are done while the plan is made, so a call with know
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,13 +34,14 @@ from llmc.runtime.hostatb import (
     sampling,
     shape,
 )
-from llmc.runtime.hostatb.numeric import TORCH_DTYPE, Kernel, desc_of, format_of, set_format
+from llmc.runtime.hostatb.numeric import TORCH_DTYPE, Kernel, desc_of, format_of, free_memory, set_format
 from llmc.runtime.hostatb.params import ParamStruct
 
 FAMILIES = (linear, norm, rope, elementwise, attention, cache, shape, sampling, moe, collective)
 KERNELS: dict[str, Kernel] = {name: kernel for family in FAMILIES for name, kernel in family.KERNELS.items()}
 
 MAX_PASSED = 10_000  # checks that passed and are remembered
+ALWAYS_THERE = 2**30  # bytes of outputs for which nobody looks at the free memory
 MAX_PLANS = 256  # shapes for which an operation keeps its plan; the oldest goes first
 
 _chip = "host"
@@ -230,6 +232,7 @@ class Operation:
         if plan is None:
             check_tensors(core, tensors)
             plan = core.plan([desc_of(t) for t in tensors])
+            check_memory(core, plan)
         if not all(k[4] for k in key):
             tensors = [t.contiguous() for t in tensors]
         started = perf_counter()
@@ -237,7 +240,11 @@ class Operation:
             outputs = plan.run(tensors)
         except AtbError as error:
             raise error.at(stage="execute", operation=core.name) from None
-        Prof.record(core.name, perf_counter() - started)
+        except threading.BrokenBarrierError:  # how a rank of `run_ranks` learns that another one failed
+            raise
+        except Exception as error:  # a caller of torch_atb sees RuntimeError only
+            raise kernel_failure(core, error) from error
+        Prof.get_prof_stats().record(core.name, perf_counter() - started)
         for index in plan.marked:
             set_format(outputs[index], plan.outs[index].format)
         if new:
@@ -246,6 +253,24 @@ class Operation:
                 self._plans.pop(next(iter(self._plans)))
             self._plans[key] = plan
         return outputs
+
+
+def check_memory(core: Core, plan: Plan) -> None:
+    """The library refuses tensors above 256 GiB; a machine may have less, and Linux would end the process."""
+    size = sum(desc.elements * TORCH_DTYPE[desc.dtype].itemsize for desc in plan.outs)
+    if size > ALWAYS_THERE and (free := free_memory()) is not None and size > free:
+        raise AtbError("ERROR_OUT_OF_DEVICE_MEMORY", "the outputs do not fit into memory", found=f"{size} bytes",
+                       expected=f"at most the {free} that are free", stage="execute",
+                       ).at(operation=core.name)  # fmt: skip
+
+
+def kernel_failure(core: Core, error: Exception) -> AtbError:
+    """What PyTorch refused although every check passed."""
+    full = isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
+    code = "ERROR_OUT_OF_DEVICE_MEMORY" if full else "ERROR_INTERNAL_ERROR"
+    message = "memory is full" if full else "a kernel failed; please report"
+    found = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return AtbError(code, message, found=found, stage="execute").at(operation=core.name)
 
 
 def check_outputs(core: Core, plan: Plan, tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
@@ -292,25 +317,29 @@ def check_tensors(core: Core, tensors: Sequence[Any]) -> None:
             ).at(operation=core.name)  # fmt: skip
 
 
-def set_buffer_size(size: int) -> None:
+def set_buffer_size(bytes: int) -> None:
     """torch_atb's workspace size. PyTorch allocates here, so only the type is checked."""
-    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-        raise TypeError(f"set_buffer_size: the size must be a non-negative int, found {size!r}")
+    if isinstance(bytes, bool) or not isinstance(bytes, int) or not 0 <= bytes < 2**64:
+        raise TypeError(f"set_buffer_size: bytes must be a non-negative int, found {bytes!r}")
 
 
 class Prof:
-    """torch_atb.Prof: host microseconds of `forward` by operation name, the latest thousand of each."""
+    """torch_atb.Prof: host microseconds of `forward` by operation name, the latest thousand of each, by thread."""
 
-    _times: ClassVar[dict[str, deque[float]]] = defaultdict(lambda: deque(maxlen=1000))
+    _of_thread = threading.local()
 
-    @classmethod
-    def get_prof_stats(cls) -> type[Prof]:
-        return cls
-
-    @classmethod
-    def record(cls, name: str, seconds: float) -> None:
-        cls._times[name].append(seconds * 1e6)
+    def __init__(self) -> None:
+        self._times: dict[str, deque[int]] = defaultdict(lambda: deque(maxlen=1000))
 
     @classmethod
-    def get_run_time_stats(cls, op_name: str) -> list[float]:
-        return list(cls._times[op_name])
+    def get_prof_stats(cls) -> Prof:
+        stats = getattr(cls._of_thread, "stats", None)
+        if stats is None:
+            stats = cls._of_thread.stats = cls()
+        return stats
+
+    def record(self, name: str, seconds: float) -> None:
+        self._times[name].append(int(seconds * 1e6))
+
+    def get_run_time_stats(self, op_name: str) -> list[int]:
+        return list(self._times.get(op_name, ()))

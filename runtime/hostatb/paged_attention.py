@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from llmc.compiler.atb.core import Desc, Param
+from llmc.compiler.atb.core import Desc, Param, at_stage
 from llmc.compiler.atb.paged_attention import (
     ALIBI,
     MASK_FREE,
@@ -19,6 +19,7 @@ from llmc.compiler.atb.paged_attention import (
     NORM_COMPRESS,
     SPEC,
     SPEC_MASK,
+    check_lengths,
     inputs,
     qkv_quantised,
 )
@@ -34,13 +35,16 @@ def paged_attention(param: Param, tensors: Sequence[Tensor], descs: Sequence[Des
     query, lengths = named["query"], named["contextLens"].tolist()
     if query.shape[1] != param.headNum:
         raise refuse("number of query heads", list(query.shape), f"headNum {param.headNum}")
+    seen = dict(zip(names, descs, strict=True))
     if param.compressType != NO_COMPRESS:
+        with at_stage("setup", "PagedAttention"):
+            check_lengths(param, seen, lengths, [1] * len(lengths), chip)
         return [_compressed(param, named, lengths, chip)]
     block, tables = checked_tables(param, named, lengths, chip)
     key, value = named["keyCache"], named.get("valueCache")
     if value is not None and _is_plain(param, key, value, query, lengths, chip):
         return [decode(query, key.flatten(0, 1), value.flatten(0, 1), tables, block, lengths, scale=param.qkScale)]
-    return [_general(param, named, dict(zip(names, descs, strict=True)), lengths, tables, block, chip)]
+    return [_general(param, named, seen, lengths, tables, block, chip)]
 
 
 def _is_plain(param: Param, key: Tensor, value: Tensor, query: Tensor, lengths: list[int], chip: str) -> bool:
@@ -57,7 +61,7 @@ def checked_tables(
     tables = named["blockTables"].tolist()
     if len(tables) < len(lengths):
         raise refuse("blockTables has fewer rows than there are sequences", len(tables), len(lengths))
-    status = named["batchRunStatus"].tolist() if "batchRunStatus" in named else [1] * len(lengths)
+    status = _running(named, lengths)
     for batch, length in enumerate(lengths):
         if not status[batch]:
             continue
@@ -67,6 +71,16 @@ def checked_tables(
         if min(used) < 0 or max(used) >= blocks:
             raise refuse(f"block ids of sequence {batch}", used, f"0 to {blocks - 1}")
     return block, tables
+
+
+def _running(named: Mapping[str, Tensor], lengths: list[int]) -> list[int]:
+    """One flag a sequence."""
+    if "batchRunStatus" not in named:
+        return [1] * len(lengths)
+    status: list[int] = named["batchRunStatus"].flatten().tolist()[: len(lengths)]
+    if len(status) < len(lengths):
+        raise refuse("batchRunStatus has fewer flags than there are sequences", len(status), len(lengths))
+    return status
 
 
 def _rows_nd(param: Param, cache: Tensor, chip: str) -> Tensor:
@@ -107,8 +121,12 @@ def _general(
     query = named["query"]
     if param.qScale not in (0, 1):
         query = round_to(query.float() * param.qScale, query.dtype, chip)
-    q_lens = named["qSeqLen"].tolist() if param.calcType == SPEC else [1] * len(lengths)
-    status = named["batchRunStatus"].tolist() if "batchRunStatus" in named else [1] * len(lengths)
+    q_lens = named["qSeqLen"].flatten().tolist() if param.calcType == SPEC else [1] * len(lengths)
+    if len(q_lens) != len(lengths):
+        raise refuse("qSeqLen has one length a sequence", len(q_lens), len(lengths))
+    with at_stage("setup", "PagedAttention"):
+        check_lengths(param, seen, lengths, q_lens, chip)
+    status = _running(named, lengths)
     running = [batch for batch, on in enumerate(status) if on]
     needed = sum(q_lens[batch] for batch in running)
     if needed > query.shape[0] or (param.calcType == SPEC and needed != query.shape[0]):
@@ -146,6 +164,8 @@ def _general(
 
 def _mask(named: Mapping[str, Tensor], seen: Mapping[str, Desc]) -> Tensor | None:
     mask = named.get("mask")
+    if mask is not None and mask.dim() < 2:
+        raise refuse("dimensions of the mask", list(mask.shape), "2 to 4")
     return nz_to_nd(mask) if mask is not None and seen["mask"].format == "nz" else mask
 
 
@@ -154,19 +174,21 @@ def _bias(param: Param, mask: Tensor, batch: int, start: int, q_len: int, kv_len
     if param.maskType in (MASK_FREE, NORM_COMPRESS):
         return None
     heads = param.headNum
-    if param.maskType == SPEC_MASK:  # [T, ctx]; NZ [1, T16, ctx16]
+    if param.maskType == SPEC_MASK and mask.dim() < 4:  # [T, ctx]; NZ [1, T16, ctx16]
         chosen = (mask[0] if mask.dim() == 3 else mask)[start : start + q_len]
     elif mask.dim() == 4:  # [B, N, 1, ctx]
         chosen = mask[batch]
     elif param.maskType == ALIBI:  # [N, 1, ctx]; NZ [N or B * N, 16, ctx16]
         chosen = mask if mask.shape[0] == heads else mask[batch * heads : (batch + 1) * heads]
-        chosen = chosen[:, :q_len]
+    elif mask.dim() == 2:  # [rows, ctx]: its first rows, or those of the query's positions where it is square
+        first = kv_len - q_len if mask.shape[0] == mask.shape[1] else 0
+        chosen = mask[first : first + q_len]
     else:  # [B, 1, ctx]; NZ [1 or B, 16, ctx16]
         chosen = mask[batch if mask.shape[0] > 1 else 0]
         chosen = chosen[:q_len] if chosen.shape[0] >= q_len else chosen.expand(q_len, -1)
     require_cover(chosen.shape[-2], chosen.shape[-1], q_len, kv_len, what)
     factor = -10000.0 if param.maskType == SPEC_MASK and param.mlaVHeadSize and mask.dtype == torch.bfloat16 else 1.0
-    return chosen[..., :kv_len].float() * factor
+    return chosen[..., :q_len, :kv_len].float() * factor
 
 
 def _compressed(param: Param, named: Mapping[str, Tensor], lengths: list[int], chip: str) -> Tensor:

@@ -60,8 +60,8 @@ class ParamStruct:
 
     def _default(self, f: Field) -> Any:
         kind = self._kinds.get(f.python_name)
-        if f.kind == "struct" and kind:
-            return kind()
+        if f.kind == "struct" and kind:  # made by C++, whose defaults may differ from those of the Python class
+            return kind(**{inner.python_name: inner.default for inner in f.fields if inner.python_default is not None})
         value = f.default if f.python_default is None else f.python_default
         if kind:
             return kind(value)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmc.compiler.atb.core import Desc, Param
 from llmc.compiler.atb.sampling import EXPONENTIAL, EXPONENTIAL_LOGPROBS, MULTINOMIAL_BATCH, SINGLE
-from llmc.runtime.hostatb.numeric import Kernel
+from llmc.runtime.hostatb.numeric import Kernel, refuse
 
 MASKED_LOGPROB = -9999.0
 FIRST_PICK_BLOCK = 16384  # the kernel sums a row in blocks of this many probabilities
@@ -83,10 +83,16 @@ def multinomial(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], 
 def topk_topp_sampling(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]:
     """Keeps the k largest probabilities, of these the run whose sum stays below topp (at least one), and draws one."""
     kind, probs = param.topkToppSamplingType, tensors[0]
+    if kind == SINGLE and not param.topk:
+        raise refuse("topk", 0, "1 or more")
+    if kind == SINGLE and tensors[1].shape[0] != probs.shape[0]:
+        raise refuse("topp has one value a row", list(tensors[1].shape), f"[{probs.shape[0]}, 1]")
     if kind == SINGLE:
         kept, order = probs.topk(param.topk, dim=-1, sorted=True)
         cut, topp = torch.zeros_like(kept, dtype=torch.bool), tensors[1]
     else:
+        if int(tensors[1].min()) < 0:
+            raise refuse("topk", int(tensors[1].min()), "0 or more")
         kept, order = probs.sort(descending=True, stable=True)
         # topk is an index here: what is strictly below the value at that place goes.
         cut = kept < kept.gather(1, tensors[1].long().clamp(max=probs.shape[1] - 1))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from llmc.compiler.atb.core import Desc, Param
+from llmc.compiler.atb.core import Desc, Param, at_stage
 from llmc.compiler.atb.self_attention import (
     ALIBI,
     BNSD,
@@ -18,6 +18,7 @@ from llmc.compiler.atb.self_attention import (
     DECODER,
     K_BYPASS_V_BYPASS,
     SLIDING_WINDOW_COMPRESS,
+    check_prefix_lengths,
     has_slopes,
     inputs,
     is_910b,
@@ -123,8 +124,11 @@ def _paged(param: Param, named: Mapping[str, Tensor], masks: Masks, chip: str) -
             raise refuse(f"seqLen does not sum up to the tokens of {name}", given, f"{total} in all")
     q = query.view(tokens, param.headNum, -1)
     k = key.view(kv_tokens, kv_heads(param), -1)
+    _require_one_size(q.shape[-1], k.shape[-1])
     v = k[..., : param.mlaVHeadSize] if param.mlaVHeadSize else named["value"].view(kv_tokens, kv_heads(param), -1)
     log_n = named.get("logN")
+    if log_n is not None and len(log_n) < max(q_lens):
+        raise refuse("logN has one value a token", list(log_n.shape), f"at least {max(q_lens)}")
     steps = (1 / named["pScale"], named["pScale"]) if "pScale" in named else None
     dtype = ACL_TORCH[param.outDataType] if quantised(param) else query.dtype
     out = query.new_empty(tokens, param.headNum, v.shape[-1], dtype=dtype)
@@ -149,9 +153,17 @@ def _paged(param: Param, named: Mapping[str, Tensor], masks: Masks, chip: str) -
     return out if query.dim() == 3 else out.view(*query.shape[:2], -1)
 
 
+def _require_one_size(q_size: int, k_size: int) -> None:
+    """The library compares head sizes on some paths only; elsewhere the kernel reads across heads."""
+    if q_size != k_size:
+        raise refuse("head sizes of query and key differ", f"{q_size} and {k_size}", "equal")
+
+
 def _row(tensor: Tensor, heads: int) -> int:
     """Elements of one token: [T, N * D], [T, N, D] or [B, S, N, D]."""
     row = tensor.shape[-1] if tensor.dim() == 2 else tensor.shape[-1] * tensor.shape[-2]
+    if row % heads:
+        raise refuse("hidden size", row, f"a multiple of {heads} heads")
     if tensor.dim() > 2 and tensor.shape[-2] != heads:
         raise refuse("number of heads", list(tensor.shape), f"{heads} heads")
     return row
@@ -176,6 +188,8 @@ def _prefix(param: Param, named: Mapping[str, Tensor], masks: Masks, chip: str) 
     """Keys and values of each sequence, old and new, lie in the paged cache."""
     query = named["query"]
     q_lens, kv_lens = named["seqLen"].tolist(), named["kvSeqLen"].tolist()
+    with at_stage("setup", "SelfAttention"):
+        check_prefix_lengths(q_lens, kv_lens, chip)
     q = query.view(query.shape[0], param.headNum, -1)
     k_cache, v_cache = (
         named[name].flatten(2).unflatten(2, (kv_heads(param), -1)) for name in ("keyCache", "valueCache")
@@ -214,6 +228,7 @@ def _flash(param: Param, named: Mapping[str, Tensor], masks: Masks, chip: str) -
     # A ring of `windowSize` rows holds the last keys in any order; otherwise row p holds position p.
     ends = [min(totals[b], param.windowSize) if ring else totals[b] for b in range(len(totals))]
     heads = kv_heads(param)
+    _require_one_size(q.shape[-1], k_cache.shape[2] * k_cache.shape[3] // heads)
     v_size = v_cache.shape[2] * v_cache.shape[3] // heads
     if _is_plain_decode(param, masks, running, new_lens, k_cache, v_cache, chip):
         k_rows, v_rows = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
@@ -251,8 +266,7 @@ def _flash_queries(param: Param, query: Tensor, running: list[int], new_lens: li
         query = round_to(query.float() * param.qScale, query.dtype, chip)
     if param.inputLayout == BNSD:
         return query
-    row = query.shape[-1] if query.dim() == 2 else query.shape[-1] * query.shape[-2]
-    tokens = query.numel() // row
+    tokens = query.numel() // _row(query, param.headNum)
     if sum(new_lens[batch] for batch in running) > tokens:
         raise refuse("seqLen sums up to more than the tokens of query", new_lens, f"{tokens} in all")
     return query.view(tokens, param.headNum, -1)
@@ -273,7 +287,7 @@ def _cache_layer(cache: Tensor, layer_id: Tensor, param: Param, chip: str) -> Te
     """A view [B, maxS, x, y] of one layer, x * y = Nk * D in order: [Nk, D], or for NZ [Nk * D / 16, 16]."""
     if param.batchRunStatusEnable and param.inputLayout != BNSD:
         return cache.unflatten(2, (kv_heads(param), -1))  # [B, maxS, hidden]: one layer
-    layer = int(layer_id.item())
+    layer = int(layer_id.tolist()[0])
     if not 0 <= layer < cache.shape[0]:
         raise refuse("layerId", layer, f"below {cache.shape[0]}")
     one = cache[layer]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmc.compiler.atb.core import AtbError, Desc, Param
 from llmc.compiler.atb.shape import ND_TO_NZ, REDUCE_MAX, REDUCE_MIN, slice_bounds
-from llmc.runtime.hostatb.numeric import Kernel, nd_to_nz, nz_to_nd
+from llmc.runtime.hostatb.numeric import Kernel, nd_to_nz, nz_to_nd, refuse
 
 
 def gather(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]:
@@ -23,7 +23,7 @@ def gather(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip:
     try:
         return [_gather(x, indices, param.axis, param.batchDims)]
     except (IndexError, RuntimeError) as error:
-        low, high, end = int(indices.min()), int(indices.max()), x.shape[param.axis]
+        low, high, end = int(indices.long().min()), int(indices.long().max()), x.shape[param.axis]
         if low >= 0 and high < end:
             raise
         raise AtbError(
@@ -36,6 +36,8 @@ def _gather(x: Tensor, indices: Tensor, axis: int, batch_dims: int) -> Tensor:
     """x[:axis] ++ indices[batch_dims:] ++ x[axis+1:]"""
     if indices.dtype == torch.uint32:  # torch cannot index with it
         indices = indices.long()
+    if x.dtype == torch.uint32:  # nor gather it
+        return _gather(x.view(torch.int32), indices, axis, batch_dims).view(torch.uint32)
     if axis == 0 and x.dim() == 2:
         return torch.embedding(x, indices)
     if not batch_dims:
@@ -75,14 +77,18 @@ def transpose(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], ch
 def transdata(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]:
     if param.transdataType == ND_TO_NZ:
         return [nd_to_nz(tensors[0])]
-    return [nz_to_nd(tensors[0], *param.outCrops)]
+    x, (rows, columns) = tensors[0], param.outCrops
+    if rows > x.shape[2] or columns > x.shape[1] * x.shape[3]:  # the library rounds both up to 16 before it compares
+        raise refuse("outCrops reach beyond the blocks", [rows, columns], f"at most {x.shape[2]}, {x[0, :, 0].numel()}")
+    return [nz_to_nd(x, rows, columns)]
 
 
 def fill(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]:
+    wide = torch.tensor(param.value[0], dtype=torch.float32)  # the parameter is a C++ float
     if not param.withMask:
-        return [torch.full(tuple(param.outDim), param.value[0], dtype=torch.float16)]
+        return [torch.full(tuple(param.outDim), wide.half().item(), dtype=torch.float16)]
     x, mask = tensors
-    return [x.masked_fill(mask.bool(), param.value[0] if x.is_floating_point() else int(param.value[0]))]
+    return [torch.where(mask.bool(), wide.to(x), x)]
 
 
 def cumsum(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]:
@@ -120,7 +126,7 @@ def set_value(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], ch
 
 
 def reduce_(param: Param, tensors: Sequence[Tensor], descs: Sequence[Desc], chip: str) -> list[Tensor]:
-    x, axes = tensors[0], tuple(param.axis)
+    x, axes = tensors[0], tuple(sorted(set(param.axis)))
     if param.reduceType == REDUCE_MAX:
         return [x.amax(axes)]
     if param.reduceType == REDUCE_MIN:

@@ -30,7 +30,7 @@ CHIPS = {"Ascend910B2": "Ascend910B", "Ascend310P3": "Ascend310P"}
 UNSIGNED = {"uint32": torch.uint32, "uint64": torch.uint64}  # stored as signed
 
 
-def _input(file: Any, spec: Mapping[str, Any], name: str) -> Tensor:
+def stored_input(file: Any, spec: Mapping[str, Any], name: str) -> Tensor:
     tensor = file.get_tensor(name)
     if spec["dtype"] in UNSIGNED:
         tensor = tensor.view(UNSIGNED[spec["dtype"]])
@@ -46,7 +46,7 @@ def _input(file: Any, spec: Mapping[str, Any], name: str) -> Tensor:
 def _run_alone(op: AtbOp, case: Mapping[str, Any], file: Any, chip: str) -> list[Tensor]:
     """Outputs, or for `in_place_of` the inputs as they are afterwards: those cases run in a graph of one node."""
     core = Single(op, op.param(known_param(op.fields, case["param"])), chip)
-    inputs = [_input(file, spec, spec["tensor"]) for spec in case["inputs"]]
+    inputs = [stored_input(file, spec, spec["tensor"]) for spec in case["inputs"]]
     targets = [spec.get("in_place_of") for spec in case["outputs"]]
     if all(target is None for target in targets):
         return Operation.of(core).forward(inputs)
@@ -63,7 +63,7 @@ def _run_ranks(op: AtbOp, case: Mapping[str, Any], file: Any, chip: str) -> list
 
     def rank(r: int) -> Callable[[], list[Tensor]]:
         inputs = [
-            _input(file, spec, spec["tensors_per_rank"][r] if "tensors_per_rank" in spec else spec["tensor"])
+            stored_input(file, spec, spec["tensors_per_rank"][r] if "tensors_per_rank" in spec else spec["tensor"])
             for spec in case["inputs"]
         ]
         operation = Operation.of(Single(op, op.param({**values, "rank": r}), chip))
@@ -132,7 +132,7 @@ def test_kernels_meet_the_vendors_thresholds(path: Path) -> None:
     failures: dict[str, str] = {}
     with safe_open(path.with_suffix(".safetensors"), "pt") as file:
         for case in cases:
-            for soc in case["soc"]:
+            for soc in case["soc"] if case["op"].removesuffix("Operation") in OPS else ():
                 if text := _case_differences(case, file, CHIPS[soc]):
                     failures[case["source"]] = f"{case['id']} on {CHIPS[soc]} ({case['source']}): {text}"
     listed = {entry["source"] for entry in LISTED if entry["file"] == path.name}

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from llmc.compiler.atb import OPS
-from llmc.compiler.atb.core import AtbError
+from llmc.compiler.atb.core import AtbError, Desc
 from llmc.runtime.hostatb.graph import GraphBuilder
 from llmc.runtime.hostatb.numeric import set_format
 from llmc.runtime.hostatb.operation import Operation, Single
@@ -389,3 +389,101 @@ def test_slots_beyond_the_cache_are_refused_and_negative_ones_skipped(slot: int)
         assert cache.flatten(0, 1).abs().sum(dim=(1, 2)).nonzero().flatten().tolist() == [5, 63]
     with pytest.raises(AtbError, match="slot beyond the cache"):
         write_paged([(k, k, k)], ints([0, 1, slot]), *caches)
+
+
+PLAIN = {"headNum": HEADS, "kvHeadNum": KV_HEADS, "qkScale": SCALE}
+
+
+@pytest.mark.parametrize("extra", [0, 1, 24], ids="mask {} wider".format)
+@pytest.mark.parametrize("form", ["a sequence", "a position", "a sequence and head", "alibi", "alibi a sequence"])
+def test_a_paged_decode_mask_may_be_larger_than_the_contexts(form: str, extra: int) -> None:
+    """The mask hides the first four keys; what lies beyond queries and contexts is never read."""
+    data = sequences(torch.float16)
+    width = max(LENGTHS) + extra
+    hidden = torch.zeros(1 + extra, width).index_fill(1, torch.arange(4), -10000.0).half()
+    hidden[1:] = float("nan")
+    hidden[:, max(LENGTHS) :] = float("nan")
+    mask = {
+        "a sequence": hidden.expand(len(LENGTHS), -1, -1),
+        "a sequence and head": hidden.expand(len(LENGTHS), HEADS, -1, -1),
+        "a position": torch.zeros(width, width).index_fill(1, torch.arange(4), -10000.0).half(),
+        "alibi": hidden.expand(HEADS, -1, -1),
+        "alibi a sequence": hidden.expand(len(LENGTHS), HEADS, -1, -1),
+    }[form].contiguous()
+    tensors = [last(data), *paged_caches(data), ints(LENGTHS), mask]
+    got = run("PagedAttention", PLAIN | {"maskType": 2 if "alibi" in form else 1}, tensors, "Ascend910B")[0]
+    for row, (q, k, v) in zip(got, data, strict=True):
+        close(row[None], dense(q[-1:], k[4:], v[4:]))
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 39), (2, 1, 40), (1, 1, 40), (40,)], ids=str)
+def test_a_norm_mask_of_another_shape_is_refused_as_the_kernel_does(shape: tuple[int, ...]) -> None:
+    data = sequences(torch.float16)
+    tensors = [last(data), *paged_caches(data), ints(LENGTHS), torch.zeros(shape).half()]
+    with pytest.raises(AtbError, match="at setup") as caught:
+        run("PagedAttention", PLAIN | {"maskType": 1}, tensors, "Ascend910B")
+    assert caught.value.code == "ERROR_RT_FAIL"
+
+
+def test_an_alibi_mask_goes_with_compressed_heads() -> None:
+    """compressType KVHEAD: each sequence and kv head has its own length and its own block table row of single-head
+    blocks; the mask [B, N, 1, ctx] is added to the scores."""
+    random = torch.Generator().manual_seed(3)
+    lengths, block = [33, 7, 20, 48], BLOCK  # sequences x kv heads
+    q = torch.randn(2, HEADS, SIZE, generator=random).half()
+    caches = [torch.randn(12, block, 1, SIZE, generator=random).half() for _ in range(2)]
+    tables = ints([[0, 1, 2], [3, -1, -1], [4, 5, -1], [6, 7, 8]])
+    mask = torch.randn(2, HEADS, 1, max(lengths), generator=random).half()
+    values = PLAIN | {"maskType": 2, "compressType": 1}
+    got = run("PagedAttention", values, [q, *caches, tables, ints(lengths), mask], "Ascend910B")[0]
+    groups = HEADS // KV_HEADS
+    for index, length in enumerate(lengths):
+        batch, kv_head = divmod(index, KV_HEADS)
+        k, v = (cache[tables[index].clamp(min=0)].flatten(0, 1)[:length, 0].double() for cache in caches)
+        for head in range(kv_head * groups, (kv_head + 1) * groups):
+            scores = SCALE * (k @ q[batch, head].double()) + mask[batch, head, 0, :length]
+            close(got[batch, head], scores.softmax(0) @ v)
+
+
+@pytest.mark.parametrize(
+    ("values", "heads", "cache_heads"),
+    [({"kvHeadNum": 2}, 6, 3), ({"kvHeadNum": 1}, 6, 2), ({}, 6, 2), ({"kvHeadNum": 2}, 5, 2)],
+    ids=str,
+)
+def test_head_counts_that_contradict_the_tensors_are_refused(
+    values: dict[str, Any], heads: int, cache_heads: int
+) -> None:
+    cache = torch.zeros(3, BLOCK, cache_heads, SIZE).half()
+    tensors = [torch.zeros(1, heads, SIZE).half(), cache, cache, ints([[0]]), ints([5])]
+    with pytest.raises(AtbError, match="ERROR_RT_FAIL at setup"):
+        run("PagedAttention", {"headNum": HEADS, "qkScale": SCALE, **values}, tensors, "Ascend910B")
+
+
+@pytest.mark.parametrize("name", ["kDescale", "vDescale"])
+@pytest.mark.parametrize("size", [1, SIZE, KV_HEADS * SIZE + 1, HEADS * SIZE])
+def test_cache_scales_of_another_size_are_refused(name: str, size: int) -> None:
+    op = OPS["PagedAttention"]
+    param = op.param(PLAIN | {"quantType": 1})
+    cache = Desc(dtype="int8", shape=(3, BLOCK, KV_HEADS, SIZE))
+    sizes = {"kDescale": KV_HEADS * SIZE, "vDescale": KV_HEADS * SIZE} | {name: size}
+    scales = [Desc(dtype="float32", shape=(size,)) for size in sizes.values()]
+    descs = [Desc(dtype="float16", shape=(1, HEADS, SIZE)), cache, cache, Desc(dtype="int32", shape=(1, 1)),
+             Desc(dtype="int32", shape=(1,)), *scales]  # fmt: skip
+    outs = op.infer(param, descs, "Ascend910B")
+    with pytest.raises(AtbError, match="ERROR_RT_FAIL at setup") as caught:
+        op.setup(param, descs, outs, "Ascend910B")
+    assert caught.value.found
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_high_precision_decode_mask_hides_and_gives_no_nan(dtype: torch.dtype) -> None:
+    """The kernel's large factor is for bfloat16's 0 / 1 masks: a float16 mask of -10000 would become -inf everywhere,
+    and 0 x inf NaN."""
+    data, flash = sequences(dtype), Flash(len(LENGTHS), dtype, "Ascend910B")
+    before = [n - 1 for n in LENGTHS]
+    flash.step(cut(data, [0] * 3, before), before, ENCODER)
+    mask = torch.zeros(len(LENGTHS), 1, 64, dtype=dtype)
+    mask[..., :4] = 1 if dtype == torch.bfloat16 else -10000
+    got = flash.step(cut(data, before, LENGTHS), LENGTHS, DECODER, mask, maskType=NORM, kernelType=1)
+    for row, (q, k, v) in zip(got, data, strict=True):
+        close(row[None], dense(q[-1:], k[4:], v[4:]))

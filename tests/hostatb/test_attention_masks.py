@@ -1,6 +1,7 @@
-"""Every mask form that was tried on the real library (atb-layers/masks.json) is accepted or refused as there.
+"""Every mask form that was tried on the real library (masks.json of both collections) is accepted or refused as there.
 
-The sizes of the recorded layers are replaced by small ones: five heads of 16, the recorded lengths and masks.
+First collection: the sizes of the recorded layers are replaced by small ones, five heads of 16, with the recorded
+lengths and masks. Second collection (several new tokens a sequence over a cache): the recorded sizes, as descs.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmc.compiler.atb import OPS
-from llmc.compiler.atb.core import AtbError
+from llmc.compiler.atb import OPS, paged_attention, self_attention
+from llmc.compiler.atb.core import AtbError, AtbOp, Desc, at_stage
 from llmc.runtime.hostatb.numeric import set_format
 from llmc.runtime.hostatb.operation import Operation, Single
 
 LAYERS = Path(os.environ.get("LLMC_ATB_LAYERS", Path(__file__).parents[3] / "shared" / "data" / "atb-layers"))
-MASKS = LAYERS / "masks.json"
+LAYERS2 = Path(os.environ.get("LLMC_ATB_LAYERS2", Path(__file__).parents[3] / "shared" / "data" / "atb-layers-2"))
+MASKS, MASKS2 = LAYERS / "masks.json", LAYERS2 / "masks.json"
+CHIPS = {"910B": "Ascend910B", "310P": "Ascend310P"}
 HEADS, SIZE, ROWS, BLOCK = 5, 16, 2112, 128
 CONTEXTS, PROMPTS = [5, 130, 257], [5, 13, 19]
 TYPES = {
@@ -79,8 +82,99 @@ def _call(row: Mapping[str, Any], chip: str) -> tuple[str, dict[str, Any], list[
     return op, param, [flat, flat.clone(), flat.clone(), *caches, *mask, _ints(lengths), _ints(new), _ints([0])]
 
 
+# Forms over a cache: PagedAttention calcType SPEC, SelfAttention calcType PREFIX_ENCODER.
+FORM_DIMS = {"llama2-7b": (32, 32, 128), "smollm2-135m": (9, 3, 64)}
+FORM_TYPES = {
+    "PagedAttention": ["UNDEFINED", "NORM", "ALIBI", "SPEC", "MASK_FREE", "NORM_COMPRESS"],
+    "SelfAttention": [*TYPES["SelfAttention"], "CAUSAL_MASK"],
+}  # fmt: skip
+
+
+def _lengths(recorded: list[int] | str) -> list[int]:
+    """[5, 130] or "64 x 40"."""
+    if isinstance(recorded, list):
+        return recorded
+    count, length = (int(word) for word in recorded.split(" x "))
+    return [length] * count
+
+
+def _form(row: Mapping[str, Any], chip: str) -> tuple[AtbOp, dict[str, Any], list[Desc]]:
+    """The operation, its parameters and the descs of its inputs."""
+    op = OPS[row["op"].partition(" ")[0]]
+    dims, dtype = row["dims"], row["dtype"]
+    heads, kv_heads, size = FORM_DIMS[dims] if isinstance(dims, str) else (dims[k] for k in DIM_NAMES)
+    values: dict[str, Any] = {"headNum": heads, "kvHeadNum": kv_heads, "qkScale": size**-0.5}
+    values["maskType"] = FORM_TYPES[op.name].index(row["mask_type"])
+    if op.name == "SelfAttention":
+        values |= {"calcType": 4, "isTriuMask": 1, "kernelType": 1}
+    else:
+        values["calcType"] = 1
+    values |= row.get("param", {})
+    contexts, tokens, block = _lengths(row["context"]), sum(_lengths(row["new_tokens"])), row["block_size"]
+    batch, table = len(contexts), -(-max(contexts) // block)
+    cached = "int8" if row.get("int8_cache") else dtype
+    if cached == "int8" and op.name == "PagedAttention":
+        values["quantType"] = 1
+    cache = Desc(dtype=cached, shape=(batch * table, block, kv_heads, size))
+    if row.get("caches_3d"):
+        cache = cache.with_shape((batch * table, block, kv_heads * size))
+    if chip == "Ascend310P":
+        cache = Desc(dtype=cached, format="nz", shape=(batch * table, kv_heads * size // 16, block, 16))
+    integers = Desc(dtype=row.get("lengths_dtype", "int32"), shape=(batch,))
+    mask = (
+        [] if row["mask"] is None else [Desc(**{"dtype": dtype, **row["mask"], "shape": tuple(row["mask"]["shape"])})]
+    )
+    query = Desc(dtype=dtype, shape=(tokens, heads, size))
+    tables = Desc(dtype=integers.dtype, shape=(batch, table))
+    if op.name == "SelfAttention":
+        slopes = [Desc(dtype="float32", shape=(heads,))] if row["mask_type"].startswith("ALIBI_COMPRESS") else []
+        return op, values, [query, cache, cache, tables, *mask, integers, integers, *slopes]
+    spec = [integers] if values["calcType"] == 1 else []
+    return op, values, [query, cache, cache, tables, integers, *mask, *spec]
+
+
+DIM_NAMES = ("heads", "kv_heads", "head_dim")
+
+
+def _form_verdict(row: Mapping[str, Any]) -> str:
+    chip = CHIPS[row["chip"]]
+    op, values, ins = _form(row, chip)
+    contexts, q_lens = _lengths(row["context"]), _lengths(row["new_tokens"])
+    try:
+        param = op.param(values)
+        op.create(param, chip)
+        outs = op.infer(param, ins, chip)
+        op.setup(param, ins, outs, chip)
+        if op.name == "PagedAttention":
+            names = paged_attention.inputs(param)
+            q_lens = q_lens if "qSeqLen" in names else [1] * len(contexts)
+            with at_stage("setup", op.name):
+                paged_attention.check_lengths(param, dict(zip(names, ins, strict=True)), contexts, q_lens, chip)
+        else:
+            with at_stage("setup", op.name):
+                self_attention.check_prefix_lengths(q_lens, contexts, chip)
+    except AtbError as error:
+        return f"{error.stage} {error.code}"
+    return "accepted"
+
+
+@pytest.mark.skipif(not MASKS2.exists(), reason=f"no {MASKS2}; set LLMC_ATB_LAYERS2")
+@pytest.mark.parametrize("chip", ["910B", "310P"])
+@pytest.mark.parametrize("op", ["PagedAttention", "SelfAttention"])
+def test_forms_over_a_cache_are_accepted_and_refused_as_by_the_library(chip: str, op: str) -> None:
+    recorded = json.loads(MASKS2.read_text(encoding="utf-8"))["rows"]
+    rows = [row for row in recorded if row["chip"] == chip and row["op"].startswith(op)]
+    assert rows
+    wrong = []
+    for row in rows:
+        expected = "accepted" if row["accepted"] else f"{row['stage']} {row['code']}"
+        if (ours := _form_verdict(row)) != expected:
+            wrong.append(f"ours {ours}, the library {expected}: {row}")
+    assert not wrong, f"{len(wrong)} of {len(rows)}:\n" + "\n".join(wrong[:20])
+
+
 def _verdict(row: Mapping[str, Any]) -> str:
-    chip = {"910B": "Ascend910B", "310P": "Ascend310P"}[row["chip"]]
+    chip = CHIPS[row["chip"]]
     op, param, tensors = _call(row, chip)
     try:
         Operation.of(Single(OPS[op], OPS[op].param(param), chip)).forward(tensors)

@@ -181,6 +181,30 @@ def test_enums_have_the_values_of_the_headers() -> None:
     assert int(atb.CommMode.COMM_MULTI_THREAD) == 1
 
 
+@pytest.mark.parametrize(
+    ("path", "last", "value"),
+    [
+        ("LinearParam.MatmulType", "MATMUL_EIN_SUM", 1),
+        ("PagedAttentionParam.CompressType", "COMPRESS_TYPE_MAX", 3),
+        ("PagedAttentionParam.ScaleType", "SCALE_TYPE_MAX", 2),
+        ("SelfAttentionParam.ScaleType", "SCALE_TYPE_MAX", 2),
+        ("LinearParallelParam.ParallelType", "MAX", 7),
+        ("ActivationType", "ACTIVATION_MAX", 10),
+    ],
+)
+def test_enums_end_with_the_member_that_the_binding_ends_with(path: str, last: str, value: int) -> None:
+    assert list(_class(path).__members__)[-1] == last
+    assert int(_class(path)[last]) == value
+
+
+def test_structs_made_by_the_binding_differ_from_those_a_parameter_makes_for_itself() -> None:
+    """pybind gives MoeInfo's keywords default 0; LinearParallelParam's own member is made by C++, where they are 1."""
+    moe = atb.LinearParallelParam().moe_info
+    assert (moe.localExpertNums, moe.epSize, moe.tpSize) == (1, 1, 1)
+    moe = atb.LinearParallelParam.MoeInfo()
+    assert (moe.localExpertNums, moe.epSize, moe.tpSize) == (0, 0, 0)
+
+
 def test_a_name_torch_atb_lacks_is_refused_by_name() -> None:
     with pytest.raises(AttributeError, match="no 'KvCacheParam'"):
         _class("KvCacheParam")
