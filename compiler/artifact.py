@@ -21,17 +21,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.compiled import Compiled
 from llmc.compiler.diagnostics import UserError, portable, shorten
 from llmc.compiler.emit.render import render
 from llmc.compiler.emit.rows import graph_name, python_rows
 from llmc.compiler.files import Unreadable, is_within, read_json, read_text
-from llmc.compiler.ir import AtbGraph, AtbTensor, Weight
+from llmc.compiler.ir import AtbTensor, Weight, standing_for
 from llmc.compiler.listing import operations
 from llmc.compiler.manifest import problems
 from llmc.compiler.passes.phase import PHASES
-from llmc.compiler.passes.segment import Segment
+from llmc.compiler.passes.segment import Segment, written
 from llmc.compiler.sharding import Split, named
 
 FORMAT = 4  # of the manifest; raise when a reader of the old one would misunderstand the new one
@@ -68,7 +67,22 @@ def files_of(compiled: Compiled) -> dict[str, str]:
     manifest = make_manifest(compiled)
     manifest["files"] = {name: _sha256(text) for name, text in texts.items()}
     manifest["sha256"] = _manifest_hash(manifest)
-    return {**texts, MANIFEST: json.dumps(manifest, indent=1, sort_keys=True) + "\n"}
+    return {**texts, MANIFEST: _lines(manifest) + "\n"}
+
+
+def _lines(value: Any, depth: int = 0) -> str:
+    """JSON for reading, and quick to write: maps of maps, lists of maps and maps with a long list have a line for each
+    entry, all else lies on one."""
+    if isinstance(value, dict) and any(
+        isinstance(v, dict) or (isinstance(v, list) and len(v) > 8) for v in value.values()
+    ):
+        ends, items = "{}", [f"{json.dumps(key)}: {_lines(value[key], depth + 1)}" for key in sorted(value)]
+    elif isinstance(value, list) and len(value) > 1 and isinstance(value[0], dict):
+        ends, items = "[]", [_lines(item, depth + 1) for item in value]
+    else:
+        return json.dumps(value, sort_keys=True)
+    space = "\n" + " " * (depth + 1)
+    return f"{ends[0]}{space}{f',{space}'.join(items)}\n{' ' * depth}{ends[1]}"
 
 
 def phase_text(compiled: Compiled, phase: str) -> str:
@@ -114,8 +128,13 @@ def make_manifest(compiled: Compiled) -> dict[str, Any]:
         "unused": dict(compiled.model.unused),
         "inputs": {n: {**_describe(t), "host": t.host} for n, t in roles["input"].items()},
         "constants": {n: _constant(n, t, compiled) for n, t in roles["constant"].items()},
-        "caches": {n: _describe(t) for n, t in roles["cache"].items()},
-        "weights": {name: describe_weight(w, splits, tensors[name].format) for name, w in graph.weights.items()},
+        "caches": {name: _describe(t) for n, t in roles["cache"].items() for name, _ in standing_for(graph.repeats, n)},
+        "weights": {
+            name: _of_iteration(entry, w, i)
+            for w in graph.weights.values()
+            for entry in (describe_weight(w, splits, tensors[w.name].format),)
+            for name, i in standing_for(graph.repeats, w.name)
+        },
         "splits": {
             name: {"size": split.size, "local": split.local, "ranks": [list(run) for run in split.runs]}
             for split, name in splits.items()
@@ -131,34 +150,29 @@ def _phase(compiled: Compiled, phase: str) -> dict[str, Any]:
         "module": f"{phase}.py",
         "inputs": [n for n in low.inputs if low.tensors[n].role == "input"],
         "outputs": {n: _describe(low.tensors[n]) for n in low.outputs},
-        "operations": operations(low),
+        "operations": operations([group for part in compiled.segments[phase] for group in part.groups]),
         "segments": [
             _segment(part, graph_name(compiled.model.name, phase, i)) for i, part in enumerate(compiled.segments[phase])
         ],
     }
 
 
+def _of_iteration(entry: Mapping[str, Any], weight: Weight, i: int) -> dict[str, Any]:
+    sources = zip(weight.sources, entry["sources"], strict=True)
+    return {**entry, "sources": [{**said, "tensor": source.of_iteration(i)} for source, said in sources]}
+
+
 def _segment(part: Segment, name: str) -> dict[str, Any]:
-    local = dict(zip(part.graph.inputs, part.inputs, strict=True))
     return {
         "name": name,
         "layers": list(part.layers),
         "inputs": list(part.inputs),
         "outputs": list(part.outputs),
-        "host": [local[n] for n in part.graph.inputs if part.graph.tensors[n].host],
-        "in_place": _written(part.graph, local),
+        "host": [n for n in part.inputs if n in part.ends and part.ends[n].host],
+        "in_place": written(part),
         "counts": part.counts,
         "bound_by": list(part.bound_by),
     }
-
-
-def _written(graph: AtbGraph, local: Mapping[str, str]) -> list[str]:
-    """Inputs that the segment writes: named as outputs, or without a word (flash attention appends to its caches)."""
-    written = {out for node in graph.nodes for out in node.outs}
-    for node in graph.nodes:
-        op = ATB[node.op]
-        written |= {node.ins[i] for i in op.writes(op.param(node.param))}
-    return [local[n] for n in graph.inputs if n in written]
 
 
 def _describe(t: AtbTensor) -> dict[str, Any]:

@@ -300,7 +300,7 @@ def compile_command(args: argparse.Namespace) -> int:
     from llmc.compiler.reports import show
 
     start = time.perf_counter()
-    compiled = compile_model(args.graph, _options(args), until=args.until)
+    compiled = compile_model(args.graph, _options(args), until=args.until, every_layer=bool(args.until or args.print))
     graphs = {phase: show.show_result(result) for phase, result in compiled.phases.items()} if args.print else {}
     if args.until:
         facts: dict[str, Any] = {"model": compiled.model.name, "until": args.until}
@@ -318,7 +318,7 @@ def check_command(args: argparse.Namespace) -> int:
     from llmc.compiler.pipeline import compile_model
     from llmc.compiler.reports import show
 
-    compiled = compile_model(args.graph, _options(args))
+    compiled = compile_model(args.graph, _options(args), every_layer=False)
     return tell(args, show.summary(compiled), lambda: f"{args.graph}: ok; {show.summary_line(compiled)}")
 
 
@@ -353,7 +353,7 @@ def _manifest(side: str, allow_extends: Sequence[str]) -> Any:
         return artifact.read(Path(side)).manifest
     args = _side(side)
     args.allow_extends += allow_extends
-    return artifact.make_manifest(compile_model(args.graph, _options(args)))
+    return artifact.make_manifest(compile_model(args.graph, _options(args), every_layer=False))
 
 
 def _side(side: str) -> argparse.Namespace:

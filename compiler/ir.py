@@ -10,9 +10,11 @@ output (`layers.3.attn.qkv.split.q`). Shapes hold ints and symbols:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
 from llmc.compiler.diagnostics import Place
@@ -62,12 +64,18 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One checkpoint tensor (or some of its rows) that goes into a weight. `shape` is the whole checkpoint tensor's."""
+    """One checkpoint tensor (or some of its rows) that goes into a weight. `shape` is the whole checkpoint tensor's;
+    `pattern` its name with `{i}` for the iteration of a repeat."""
 
     tensor: str
+    pattern: str
     shape: tuple[int, ...]
     rows: Rows | None = None
     place: Place | None = None
+
+    def of_iteration(self, i: int) -> str:
+        """The name of the tensor in another iteration."""
+        return self.pattern.replace("{i}", str(i))
 
     @property
     def rows_taken(self) -> int:
@@ -105,6 +113,36 @@ class Node:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Repeat:
+    """How often a block of the graph is repeated, and which iterations stand in the graph, in order. One that is left
+    out is as those at both ends of the gap (compiler/layers.py)."""
+
+    count: int
+    kept: tuple[int, ...]
+
+    @property
+    def left_out(self) -> int:
+        return self.count - len(self.kept)
+
+    def stands_for(self, index: int) -> range:
+        """The iterations that a kept one stands for: itself and those left out behind it."""
+        at = self.kept.index(index)
+        return range(index, self.kept[at + 1] if at + 1 < len(self.kept) else self.count)
+
+
+LAYER = re.compile(r"([^.]+)\.(\d+)\.(.+)")  # block, index, rest: repeats stand in `graph` only, not in blocks
+
+
+def standing_for(repeats: Mapping[str, Repeat], name: str) -> list[tuple[str, int]]:
+    """The names for which a name of a graph stands, each with its iteration: itself, and those of iterations that are
+    left out behind its own. A name outside repeats has iteration 0."""
+    match = LAYER.fullmatch(name)
+    if not match or match[1] not in repeats:
+        return [(name, 0)]
+    return [(f"{match[1]}.{i}.{match[3]}", i) for i in repeats[match[1]].stands_for(int(match[2]))]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Graph:
     """The model graph. Passes return new ones. `nodes` are in execution order; `types` is filled by type inference."""
 
@@ -119,6 +157,7 @@ class Graph:
     types: Mapping[str, TensorType] = field(default_factory=dict)
     phase: str = ""  # "" before the split, then "prefill" or "decode"
     world_size: int = 1  # of the sharding that the types say
+    repeats: Mapping[str, Repeat] = field(default_factory=dict)  # by the name of the repeat
 
     @cached_property
     def by_name(self) -> Mapping[str, Node]:
@@ -150,6 +189,11 @@ class Graph:
     def weights(self) -> dict[str, Weight]:
         return {w.name: w for node in self.nodes for w in node.weights.values()}
 
+    @property
+    def size(self) -> int:
+        """How many nodes there are in all iterations."""
+        return sum(len(standing_for(self.repeats, node.name)) for node in self.nodes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AtbTensor:
@@ -161,6 +205,12 @@ class AtbTensor:
     role: str = "internal"
     host: bool = False  # libatb reads the host copy: a CPU tensor with torch_atb
     shard: Shard = WHOLE  # how the value lies over the ranks; `shape` is one rank's
+
+    @property
+    def form(self) -> tuple[str, str, int, tuple[str, ...]]:
+        """Equal for tensors whose bytes are as many whatever the symbols are."""
+        symbols = tuple(sorted(d for d in self.shape if isinstance(d, str)))
+        return self.dtype, self.format, prod(d for d in self.shape if isinstance(d, int)), symbols
 
     def __str__(self) -> str:
         return f"{self.dtype} {self.format} {show_shape(self.shape)}"
@@ -190,6 +240,7 @@ class AtbGraph:
     outputs: tuple[str, ...]
     nodes: tuple[AtbNode, ...]
     tensors: Mapping[str, AtbTensor]
+    repeats: Mapping[str, Repeat] = field(default_factory=dict)  # as in the model graph
 
     @property
     def internals(self) -> tuple[str, ...]:

@@ -11,49 +11,41 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.atb.core import ENUMS, AtbOp, Field
-from llmc.compiler.ir import AtbGraph, AtbNode, AtbTensor, show_shape
+from llmc.compiler.ir import AtbNode, AtbTensor, show_shape
+from llmc.compiler.layers import Group, nodes_of
 
 LAYER = re.compile(r"(.*?)\.(\d+)\.")
 
 
-def operations(graph: AtbGraph) -> list[dict[str, Any]]:
-    """The operations of the graph in order, equal layers as one entry."""
-    entries: dict[str, tuple[AtbNode, list[int]]] = {}
-    for node in graph.nodes:
-        match = LAYER.match(node.name)
-        _, layers = entries.setdefault(_alike(graph, node, match), (node, []))
-        layers.extend([int(match[2])] if match else [])
-    return [_entry(graph, node, layers) for node, layers in entries.values()]
+def operations(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """The operations in order, those of equal layers as one entry."""
+    entries: dict[str, tuple[dict[str, Any], list[int]]] = {}
+    known: dict[tuple, list[str]] = {}  # groups that read alike -> the keys of their operations
+    for group in groups:
+        if group.form not in known:
+            nodes, tensors = nodes_of([group])
+            found = [in_layer(node.name, _operation(node, tensors)) for node in nodes]
+            known[group.form] = [json.dumps(entry, sort_keys=True) for entry in found]
+            for key, entry in zip(known[group.form], found, strict=True):
+                entries.setdefault(key, (entry, []))
+        for key in known[group.form]:
+            entries[key][1].extend([group.index] if group.label else [])
+    return [{"name": entry.pop("name"), "layers": ranges(layers), **entry} for entry, layers in entries.values()]
 
 
-def _alike(graph: AtbGraph, node: AtbNode, match: re.Match[str] | None) -> str:
-    """Equal for nodes that are one entry: what `_operation` reads, with this layer and the one before it unnamed."""
-    outs = [graph.tensors[name] for name in node.outs]
-    types = [(t.dtype, t.format, t.shape, t.shard.letter, t.shard.axis) for t in outs]
-    text = repr((node.name, node.op, node.param, node.ins, node.views, node.outs, types))
-    if not match:
-        return text
-    block, layer = match[1], int(match[2])
-    return text.replace(f"'{block}.{layer}.", "'{i}.").replace(f"'{block}.{layer - 1}.", "'{i-1}.")
-
-
-def _entry(graph: AtbGraph, node: AtbNode, layers: list[int]) -> dict[str, Any]:
-    entry = in_layer(node.name, {"name": node.name, **_operation(graph, node)})
-    return {"name": entry.pop("name"), "layers": ranges(layers), **entry}
-
-
-def _operation(graph: AtbGraph, node: AtbNode) -> dict[str, Any]:
+def _operation(node: AtbNode, tensors: Mapping[str, AtbTensor]) -> dict[str, Any]:
     return {
+        "name": node.name,
         "op": node.op,
         "param": plain_param(ATB[node.op], ATB[node.op].fields, node.param),
         "ins": list(node.ins),
         "views": {str(i): show_shape(shape) for i, shape in node.views.items()},
-        "outs": [[name, show_tensor(graph.tensors[name])] for name in node.outs],
+        "outs": [[name, show_tensor(tensors[name])] for name in node.outs],
     }
 
 

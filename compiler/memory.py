@@ -10,8 +10,8 @@ Where the bytes of a step lie (atb-operations.md 1.5, 2.1; torch_atb and libatb 
 - a segment's outputs are tensors of their own, from the segment that makes them to the last that reads them; so are
   the inputs of the step, for as long as it runs;
 - everything between the nodes of a segment lies in one workspace, which libatb plans by lifetimes: a name has its place
-  from the first node that writes it to the last that uses it. Layers of a segment share names, so most names live as
-  long as the segment. The workspace stays allocated at the largest size that any segment of either phase asked for;
+  from the first node that writes it to the last that uses it, and passes/names.py chooses names by that. The
+  workspace stays allocated at the largest size that any segment of either phase asked for;
 - on 310P matmul and attention kernels work on NZ copies of their inputs and outputs, in the workspace too.
 
 Not counted: the scratch of 910B kernels, communication buffers, code, fragmentation, and the holes that libatb's first
@@ -21,12 +21,13 @@ fit leaves in a workspace (up to 13 % of it in the catalogue). `reserve` in grap
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from math import prod
 from typing import Any
 
 from llmc.compiler.atb.core import DTYPE_BYTES
 from llmc.compiler.compiled import Compiled
-from llmc.compiler.ir import AtbGraph, AtbNode, AtbTensor, Shape
+from llmc.compiler.ir import AtbGraph, AtbNode, AtbTensor, Shape, standing_for
 from llmc.compiler.ops.attention import BLOCK_SIZE
 from llmc.compiler.passes.segment import Segment
 
@@ -40,8 +41,9 @@ NZ_BLOCK = 16  # rows and columns of a block of 16-bit numbers
 
 def memory_plan(compiled: Compiled) -> dict[str, Any]:
     """Numbers and forms of one rank, as plain data."""
+    graph = compiled.graph
     tensors = {name: t for low in compiled.lowered.values() for name, t in low.tensors.items()}
-    caches = [t for t in tensors.values() if t.role == "cache"]
+    caches = [t for name, t in tensors.items() if t.role == "cache" for _ in standing_for(graph.repeats, name)]
     steps = {phase: step_forms(parts) for phase, parts in compiled.segments.items()}
     token = {"prefill": "T", "decode": "B"}
     return {
@@ -91,9 +93,11 @@ def last_true(holds: Callable[[int], bool], low: int, high: int) -> int:
 
 def weight_bytes(compiled: Compiled, tensors: Mapping[str, AtbTensor]) -> int:
     """All weights of a rank; tied ones once, where they are the same on the device too."""
+    graph = compiled.graph
     unique = {
-        (tuple((s.tensor, s.rows) for s in w.sources), w.type, tensors[name].format): tensors[name]
-        for name, w in compiled.graph.weights.items()
+        (tuple((s.of_iteration(i), s.rows) for s in w.sources), w.type, tensors[name].format): tensors[name]
+        for name, w in graph.weights.items()
+        for _, i in standing_for(graph.repeats, name)
     }
     return sum(DTYPE_BYTES[t.dtype] * prod(_stored(t)) for t in unique.values())
 
@@ -116,34 +120,34 @@ def step_forms(segments: Sequence[Segment]) -> dict[str, list[Form]]:
     each segment that runs; and of the workspace, one for each node."""
     inputs: dict[str, Form] = {}
     for part in segments:
-        for name, local in zip(part.inputs, part.graph.inputs, strict=True):
-            t = part.graph.tensors[local]
+        for name, t in part.ends.items():
             if t.role == "input" and not t.host:
                 inputs[name] = form_of(t.dtype, t.shape)
     last = {name: k for k, part in enumerate(segments) for name in (*part.outputs, *part.inputs)}
     tensors: list[Form] = []
     alive: dict[str, Form] = {}
     for k, part in enumerate(segments):
-        for name, local in zip(part.outputs, part.graph.outputs, strict=True):
-            t = part.graph.tensors[local]
-            alive[name] = form_of(t.dtype, t.shape)
+        alive |= {name: form_of(part.ends[name].dtype, part.ends[name].shape) for name in part.outputs}
         tensors.append(total([*inputs.values(), *alive.values()]))
         alive = {name: form for name, form in alive.items() if last[name] > k}
-    return {"tensors": largest(tensors), "workspace": largest(f for part in segments for f in workspace(part.graph))}
+    places = (workspace(part.short, part.places) for part in segments)
+    return {"tensors": largest(tensors), "workspace": largest(chain.from_iterable(places))}
 
 
-def workspace(graph: AtbGraph) -> Iterator[Form]:
-    """At each node, the bytes of the names that have a place in the graph's workspace."""
-    internal = set(graph.internals)
-    last = {name: i for i, node in enumerate(graph.nodes) for name in (*node.outs, *node.ins)}
+def workspace(graph: AtbGraph, places: Mapping[str, str]) -> Iterator[Form]:
+    """At each node, the bytes of the places in the graph's workspace. `places`: value -> the name that it shares."""
+    internal = {name: places.get(name, name) for name in graph.internals}
+    used = [[internal[name] for name in (*node.outs, *node.ins) if name in internal] for node in graph.nodes]
+    last = {place: i for i, places in enumerate(used) for place in places}
     live: dict[str, Form] = {}
     for i, node in enumerate(graph.nodes):
-        for name in internal.intersection(node.outs):
-            live[name] = form_of(graph.tensors[name].dtype, graph.tensors[name].shape)
+        for name in node.outs:
+            if name in internal:
+                live[internal[name]] = form_of(graph.tensors[name].dtype, graph.tensors[name].shape)
         yield total([*live.values(), *nz_copies(graph, node)])
-        for name in internal.intersection((*node.outs, *node.ins)):
-            if last[name] == i:
-                live.pop(name, None)
+        for place in used[i]:
+            if last[place] == i:
+                live.pop(place, None)
 
 
 def nz_copies(graph: AtbGraph, node: AtbNode) -> Iterator[Form]:

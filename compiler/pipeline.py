@@ -16,6 +16,7 @@ from llmc.compiler.compiled import Compiled
 from llmc.compiler.diagnostics import DiagnosticError, UserError
 from llmc.compiler.ir import AtbGraph, Graph
 from llmc.compiler.language.build import Model, load_model
+from llmc.compiler.layers import NotPeriodic
 from llmc.compiler.memory import memory_plan
 from llmc.compiler.options import Options, check_options
 from llmc.compiler.passes.fuse import fuse_add_norm, fuse_linear_all_reduce, fuse_swiglu
@@ -64,15 +65,20 @@ PHASE_PASSES = (  # for prefill, then for decode
 PASS_NAMES = ("build", *(p.name for p in MODEL_PASSES), "phase", *(p.name for p in PHASE_PASSES))
 
 
-def compile_model(path: str, options: Options, *, until: str = "") -> Compiled:
-    """Read, build and run the passes (up to and including `until`). Raises UserError with all problems of a stage."""
+def compile_model(path: str, options: Options, *, until: str = "", every_layer: bool = True) -> Compiled:
+    """Read, build and run the passes (up to and including `until`). Raises UserError with all problems of a stage.
+
+    Without `every_layer` equal layers are compiled once: enough for what is written and said in summary, at a fraction
+    of the time; the graphs then hold the layers that differ (`Graph.repeats`)."""
     if until and until not in PASS_NAMES:
         raise UserError(f"unknown pass {until!r}", hint=f"one of {', '.join(PASS_NAMES)}")
-    model = load_model(path, options.allow_extends)
+    model = load_model(path, options.allow_extends, every_layer=every_layer)
     try:
         return _run(model, check_options(model, options), until)
     except DiagnosticError as error:
         raise DiagnosticError(error.diagnostics, model.sources) from None
+    except NotPeriodic:
+        return compile_model(path, options, until=until)
 
 
 def _run(model: Model, options: Options, until: str) -> Compiled:

@@ -232,13 +232,36 @@ def verify_segments(segments: Sequence[Segment], chip: str) -> None:
         for kind, n in part.counts.items():
             if n > GRAPH_LIMITS[kind]:
                 found.append(Diagnostic(code="E403", message=f"a segment has {n} {kind}, at most {GRAPH_LIMITS[kind]}"))
-        g = part.graph
-        for short, name in zip(g.inputs, part.inputs, strict=True):
-            if g.tensors[short].role == "internal" and name not in made:
+        for name in part.inputs:
+            if name in part.ends and part.ends[name].role == "internal" and name not in made:
                 found.append(Diagnostic(code="E900", message=f"a segment reads '{name}' before it is made"))
         made.update(part.outputs)
-        verify_atb(g, chip)
+        found.extend(places_hold_one_value(part))
     _raise(found)
+
+
+def places_hold_one_value(part: Segment) -> Iterator[Diagnostic]:
+    """Values that share a name of the graph are of one size, and none is read after another was written there."""
+    graph, places = part.short, part.places
+    holds: dict[str, str] = {}
+    for node in graph.nodes:
+        for name in node.ins:
+            if name in places and holds.get(places[name]) != name:
+                yield Diagnostic(
+                    code="E900", message=f"'{node.name}' reads '{name}', and '{places[name]}' holds another value",
+                    place=node.place,
+                )  # fmt: skip
+        read = {places.get(name) for name in node.ins}
+        for name in node.outs:
+            if name not in places:
+                continue
+            before = holds.get(places[name], name)
+            same = graph.tensors[before].form == graph.tensors[name].form
+            if before != name and (places[name] in read or not same):
+                yield Diagnostic(
+                    code="E900", message=f"'{node.name}' writes '{name}' where '{before}' lies", place=node.place
+                )
+            holds[places[name]] = name
 
 
 def _raise(found: Sequence[Diagnostic]) -> None:

@@ -334,7 +334,7 @@ def _artifact(
         allow_extends=allow_extends,
     )
     target = Path(cleanup.enter_context(temporary_directory())) / "artifact"
-    artifacts.write(compile_model(graph, options), target)
+    artifacts.write(compile_model(graph, options, every_layer=False), target)
     return artifacts.read(target)
 
 

@@ -10,19 +10,21 @@ Three stages, each of which reports all that it finds: the language (`language.p
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import networkx as nx
 
 from llmc.compiler.diagnostics import Place, did_you_mean
-from llmc.compiler.ir import Graph, Node, Source, TensorType, Weight
+from llmc.compiler.ir import Graph, Node, Repeat, Source, TensorType, Weight, standing_for
 from llmc.compiler.language import source
-from llmc.compiler.language.definitions import INPUTS, MAX_NODES, CallDef, Def, Language, NodeDef, Rule
+from llmc.compiler.language.definitions import INPUTS, MAX_NODES, CallDef, Def, Language, NodeDef, RepeatDef, Rule
 from llmc.compiler.language.reading import Ref
 from llmc.compiler.language.source import Document, Scalar
 from llmc.compiler.ops import OPS, NoRule
+from llmc.compiler.passes.types import in_layers, is_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,20 +63,26 @@ class Instance:
     iteration: int | None
 
 
-def load_model(path_or_name: str | os.PathLike[str], allow_extends: Iterable[str | os.PathLike[str]] = ()) -> Model:
+def load_model(
+    path_or_name: str | os.PathLike[str],
+    allow_extends: Iterable[str | os.PathLike[str]] = (),
+    *,
+    every_layer: bool = True,
+) -> Model:
     """The model of a YAML file, or of the catalogue by name; DiagnosticError with everything that is wrong.
-    `allow_extends`: folders beside the file's own whose files may be extended."""
-    return build_model(source.load(path_or_name, allow_extends))
+    `allow_extends`: folders beside the file's own whose files may be extended. Without `every_layer` the graph holds
+    the iterations of a repeat that may differ, and two of many alike."""
+    return build_model(source.load(path_or_name, allow_extends), every_layer=every_layer)
 
 
 def build(document: Document) -> Graph:
     return build_model(document).graph
 
 
-def build_model(document: Document) -> Model:
+def build_model(document: Document, *, every_layer: bool = True) -> Model:
     language = Language(document)
     language.report.raise_if_any()
-    graph = _Expansion(language).graph()
+    graph = _Expansion(language, every_layer).graph()
     language.check_policy(graph)
     language.report.raise_if_any()
     return Model(
@@ -92,11 +100,12 @@ def build_model(document: Document) -> Model:
 class _Expansion:
     """The second and third stage: every node with its path, its inputs, its weights."""
 
-    def __init__(self, language: Language) -> None:
-        self.language, self.report = language, language.report
+    def __init__(self, language: Language, every_layer: bool) -> None:
+        self.language, self.report, self.every_layer = language, language.report, every_layer
+        self.repeats: dict[str, Repeat] = {}
         self.instances: list[Instance] = []
         self.carried: dict[str, tuple[Ref, Scope]] = {}  # name of a carried value or block input -> what it is
-        self.scopes = 0
+        self.counted = 0  # nodes and scopes, with those of iterations that are left out
         self.told: set[Any] = set()
 
     def once(self, code: str, message: str, place: Place | None, **more: str) -> None:
@@ -128,17 +137,17 @@ class _Expansion:
             dtype=language.dtype,
             rope=language.rope,
             policy=tuple(rule for rule, _ in language.policy),
+            repeats=self.repeats,
         )
 
     def declare(self, defs: Iterable[Def], prefix: str, scope: Scope, iteration: int | None) -> None:
         """Name every node and every value of a scope; edges may be written before what they name."""
-        self.scopes += 1
+        self.counted += 1
         for d in defs:
-            if len(self.instances) + self.scopes > MAX_NODES:
-                self.report.add("E106", f"the graph has more than {MAX_NODES} nodes", d.place)
-                self.report.raise_if_any()
+            self.check_count(d)
             path = prefix + d.name
             if isinstance(d, NodeDef):
+                self.counted += 1
                 self.instances.append(Instance(name=path, node=d, scope=scope, iteration=iteration))
                 for output in [name for name, _ in d.parts] or d.op.outputs:
                     text = f"{d.name}.{output}" if output else d.name
@@ -156,13 +165,45 @@ class _Expansion:
             else:
                 previous = scope
                 steps = d.carry
-                for i in range(d.count):
+                self.repeats[d.name] = repeat = self.repeat(d)
+                before = self.counted
+                for i in repeat.kept:
                     values = {name: self.alias(f"{path}.{i}.{name}", ref, previous) for name, ref in steps.items()}
                     inner = Scope(values=values, parent=scope)
                     self.declare(d.nodes, f"{path}.{i}.", inner, i)
                     previous, steps = inner, d.next
+                self.counted = before + (self.counted - before) // len(repeat.kept) * d.count
+                self.check_count(d)
                 for name, ref in d.next.items():
                     scope.values[f"{d.name}.{name}"] = self.alias(f"{path}.{name}", ref, previous)
+
+    def check_count(self, d: Def) -> None:
+        if self.counted > MAX_NODES:
+            self.report.add("E106", f"the graph has more than {MAX_NODES} nodes", d.place)
+            self.report.raise_if_any()
+
+    def repeat(self, d: RepeatDef) -> Repeat:
+        """Which iterations to write out: all, or of each run that `policy:` treats alike the first and the last two."""
+        every = range(d.count)
+        if self.every_layer:
+            return Repeat(count=d.count, kept=tuple(every))
+        names = list(self.names(d.nodes))
+
+        def rules(i: int) -> list[bool]:
+            nodes = [f"{d.name}.{i}.{name}" for name in names]
+            return [is_named(rule, node) and in_layers(rule, node)
+                    for rule, _ in self.language.policy for node in nodes]  # fmt: skip
+
+        runs = [list(run) for _, run in groupby(every, key=rules)]
+        return Repeat(count=d.count, kept=tuple(i for run in runs for i in dict.fromkeys((*run[:2], *run[-2:]))))
+
+    def names(self, defs: Iterable[Def]) -> Iterator[str]:
+        """Of all nodes of a scope, as paths in it."""
+        for d in defs:
+            if isinstance(d, CallDef):
+                yield from (f"{d.name}.{name}" for name in self.names(self.language.blocks[d.block].nodes))
+            else:
+                yield d.name
 
     def alias(self, name: str, ref: Ref, scope: Scope) -> str:
         self.carried[name] = (ref, scope)
@@ -281,11 +322,15 @@ class _Expansion:
                 whole = (piece.total or shape[0], *shape[1:])
                 name = self.tensor_name(piece.tensor, instance.iteration)
                 place = piece.tensor.place
-                first = tensors.setdefault(name, (whole, place))
-                if first[0] != whole:
-                    self.once("E204", f"the tensor '{name}' is used with two shapes", place,
-                              found=f"{list(whole)} here, {list(first[0])} at {first[1]}")  # fmt: skip
-                sources.append(Source(tensor=name, shape=whole, rows=piece.rows, place=place))
+                for _, i in standing_for(self.repeats, instance.name):
+                    tensor = name if instance.iteration is None else piece.tensor.text.replace("{i}", str(i))
+                    first = tensors.setdefault(tensor, (whole, place))
+                    if first[0] != whole:
+                        self.once("E204", f"the tensor '{tensor}' is used with two shapes", place,
+                                  found=f"{list(whole)} here, {list(first[0])} at {first[1]}")  # fmt: skip
+                sources.append(
+                    Source(tensor=name, pattern=piece.tensor.text, shape=whole, rows=piece.rows, place=place)
+                )
             # The bias of a row-split linear is added once, to the whole sum.
             split = "replicate" if slot.name == "bias" and d.split == "row" else d.split
             kind = TensorType(dtype=self.language.dtype, shape=shape)

@@ -33,6 +33,7 @@ def lower(graph: Graph, attention: str, backend: str, device: Device) -> AtbGrap
         outputs=tuple(graph.outputs),
         nodes=nodes,
         tensors=tensors,
+        repeats=graph.repeats,
     )
 
 

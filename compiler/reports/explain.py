@@ -16,7 +16,7 @@ from typing import Any
 
 from llmc.compiler.compiled import Compiled
 from llmc.compiler.diagnostics import UserError, did_you_mean
-from llmc.compiler.emit.rows import statements
+from llmc.compiler.emit.rows import code_of
 from llmc.compiler.ir import Graph, Node, TensorType, Weight, show_shape
 from llmc.compiler.listing import LAYER
 from llmc.compiler.memory import known_bytes
@@ -224,11 +224,12 @@ def _operations(compiled: Compiled, phase: str, names: Sequence[str]) -> Iterato
     low = compiled.lowered[phase]
     flat = {node.name: node for node in low.nodes}
     parts = compiled.segments[phase]
+    code = code_of(parts)
     for number, part in enumerate(parts, start=1):
-        for node in part.graph.nodes:
-            if node.name not in names:
+        for group, written in ((g, node) for g in part.groups for node in g.layer.nodes):
+            if group.actual(written.name) not in names:
                 continue
-            whole = flat[node.name]
+            node = whole = flat[group.actual(written.name)]
             yield {
                 "name": node.name,
                 "op": node.op,
@@ -239,7 +240,7 @@ def _operations(compiled: Compiled, phase: str, names: Sequence[str]) -> Iterato
                 "place": str(node.place) if node.place else None,
                 "segment": number,
                 "segments": len(parts),
-                "code": [line.removeprefix("    ") for line in statements(part.graph, node, {}, set())],
+                "code": [line.removeprefix("    ") for line in code[group.layer, written.name]],
             }
 
 

@@ -15,10 +15,9 @@ from typing import Any
 
 from llmc.compiler.atb.core import DTYPE_BYTES
 from llmc.compiler.compiled import Compiled
-from llmc.compiler.ir import AtbGraph, AtbNode, evaluate
+from llmc.compiler.ir import LAYER, AtbGraph, AtbNode, evaluate
 from llmc.compiler.memory import cached_bytes
 from llmc.compiler.ops.attention import BLOCK_SIZE
-from llmc.compiler.passes.segment import LAYER
 from llmc.compiler.target.device import Board, Link
 
 COLLECTIVES = ("AllReduce", "AllGather", "LinearParallel")
@@ -39,7 +38,7 @@ def step_facts(
     """One step of `batch` sequences of `length` tokens: read (prefill), or in the cache (decode)."""
     graph, size = compiled.lowered[phase], compiled.options.world_size or 1
     costs = [(node, cost_of(graph, node, size, batch, length)) for node in graph.nodes]
-    layers = {match[1] for node in graph.nodes if (match := LAYER.match(node.name))}
+    layers = {match.group(1, 2) for node in graph.nodes if (match := LAYER.match(node.name))}
     in_layers = sum(cost.wire for node, cost in costs if LAYER.match(node.name))
     bounds = seconds_by_bound([cost for _, cost in costs], board, link, size) if board else None
     return {

@@ -7,8 +7,8 @@ from typing import Any
 
 from llmc.compiler.artifact import default_name
 from llmc.compiler.compiled import Compiled
-from llmc.compiler.ir import AtbGraph, AtbNode, Graph, Node, TensorType, show_shape
-from llmc.compiler.passes.segment import LAYER, Segment, why_it_ends
+from llmc.compiler.ir import LAYER, AtbGraph, AtbNode, Graph, Node, TensorType, show_shape
+from llmc.compiler.passes.segment import Segment, why_it_ends
 
 
 def show_result(result: Graph | AtbGraph | tuple[Segment, ...]) -> str:
@@ -82,8 +82,10 @@ def summary(compiled: Compiled) -> dict[str, Any]:
         "dtype": compiled.dtype,
         "attention": compiled.options.attention,
         "world_size": compiled.options.world_size,
-        "operators": len(compiled.graph.nodes),
-        "operations": {phase: len(low.nodes) for phase, low in compiled.lowered.items()},
+        "operators": compiled.graph.size,
+        "operations": {
+            phase: sum(part.counts["nodes"] for part in parts) for phase, parts in compiled.segments.items()
+        },
         "segments": {
             phase: [{**part.counts, "groups": len(part.layers), "bound_by": list(part.bound_by)} for part in parts]
             for phase, parts in compiled.segments.items()
@@ -143,7 +145,7 @@ def show_model(compiled: Compiled) -> str:
 def _shown(text: str) -> bool:
     """Of a repeated block, the first iteration stands for all."""
     match = LAYER.match(text.split(" ")[0])
-    return not match or match[1].endswith(".0")
+    return not match or match[2] == "0"
 
 
 def show_ops(ops: Iterable[Any]) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from generated import recorded
 
 from llmc.compiler import artifact
 from llmc.compiler.atb.core import snake_case
@@ -235,26 +235,19 @@ def test_a_file_whose_name_has_an_at_sign_is_that_file(small, capsys):
 
 def built(text):
     """(operation, parameters, numbers of inputs and outputs) of every operation that the generated `build` adds."""
-    functions = {f.name: f for f in ast.parse(text).body if isinstance(f, ast.FunctionDef)}
-    (segments,) = (n.value.elts for n in ast.walk(functions["build"]) if isinstance(n, ast.Return))
-    for segment in segments:
-        for call in ast.walk(functions[segment.func.id]):
-            if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_operation":
-                operation, ins, outs = call.args
-                (param,) = operation.args
-                yield param.func.attr.removesuffix("Param"), frozenset(arguments(param)), len(ins.elts), len(outs.elts)
+    for graph in recorded(text):
+        for node in graph.nodes:
+            kind, arguments = node.param
+            yield kind.removesuffix("Param"), frozenset(words(arguments)), len(node.ins), len(node.outs)
 
 
-def arguments(call, prefix=""):
+def words(arguments, prefix=""):
     """Keyword arguments as words; those of a communicator are arguments of `build` and no constants."""
-    for keyword in call.keywords:
-        name, value = prefix + keyword.arg, keyword.value
-        if isinstance(value, ast.Call):
-            yield from arguments(value, f"{name}.")
-        elif isinstance(value, ast.Attribute):
-            yield name, value.attr
-        elif not isinstance(value, ast.Name):
-            yield name, repr(ast.literal_eval(value))
+    for name, value in arguments.items():
+        if isinstance(value, tuple):
+            yield from words(value[1], f"{prefix}{name}.")
+        elif name not in ("rank", "rank_size", "rank_table_file", "comm_domain"):
+            yield prefix + name, value if isinstance(value, str) and value.isupper() else repr(value)
 
 
 def listed(entries):

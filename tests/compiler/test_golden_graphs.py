@@ -17,6 +17,7 @@ import pytest
 
 from llmc.compiler.ir import AtbGraph
 from llmc.compiler.language.source import catalogue
+from llmc.compiler.layers import groups_of
 from llmc.compiler.listing import collapse, operations, show_tensor
 from llmc.compiler.options import Options
 from llmc.compiler.pipeline import compile_model
@@ -60,7 +61,7 @@ def input_lines(lowered: Mapping[str, AtbGraph]) -> Iterator[str]:
 
 def operation_lines(graph: AtbGraph) -> Iterator[str]:
     """`name [layers]: operation parameters: inputs -> outputs`; names in a layer without `layers.N.`"""
-    for entry in operations(graph):
+    for entry in operations(groups_of(graph)):
         ins = [f"{name} as {entry['views'][str(i)]}" if str(i) in entry["views"] else name
                for i, name in enumerate(entry["ins"])]  # fmt: skip
         outs = [f"{name} {kind}" for name, kind in entry["outs"]]

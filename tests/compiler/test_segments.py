@@ -6,10 +6,11 @@ import json
 import os
 from pathlib import Path
 
+import generated
 import pytest
 import yaml
 
-from llmc.compiler.artifact import make_manifest
+from llmc.compiler.artifact import files_of, make_manifest
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.options import Options
 from llmc.compiler.pipeline import compile_model
@@ -61,7 +62,7 @@ def test_a_segment_holds_as_many_layers_as_the_vendors_library_accepted(row, ran
     assert len(longest.layers) == row["max_layers"]
     counts = {**longest.counts, "inputs": longest.counts["inputs"] - 1}
     assert [counts[kind] for kind in ("nodes", "inputs", "outputs")] == [row["nodes"], row["inputs"], row["outputs"]]
-    assert counts["internals"] <= row["internals"]
+    assert counts["internals"] <= 256  # names are given up only where the limit asks for it
     assert longest.bound_by == ("nodes",)
     assert row["one_more"]["nodes"] > 256
 
@@ -125,8 +126,8 @@ def bound_by(folder: Path, nodes: dict[str, dict], last: str) -> set[str]:
 
 def test_equal_segments_share_one_function():
     compiled = compile_model("llama2-70b", Options())
-    parts = compiled.segments["decode"]
-    assert len({part.code for part in parts}) < len(parts)
+    text = files_of(compiled)["decode.py"]
+    assert text.count("\ndef segment_") == 3 < len(compiled.segments["decode"])
 
 
 def test_layers_per_segment_can_be_chosen():
@@ -162,11 +163,32 @@ def test_an_option_that_the_device_lacks_is_refused_by_name(options, words):
         compile_model("llama2-7b", options)
 
 
-def test_layers_of_two_dtypes_do_not_share_a_tensor(tmp_path):
+def test_values_that_share_a_name_are_of_one_size_and_one_is_dead_before_the_other_is_made(tmp_path):
     path = tmp_path / "mixed.yaml"
     rule = '{nodes: "layers.*.mlp.*", layers: "0-1", dtype: float32}'
     path.write_text(f"extends: smollm2-135m\nname: mixed\npolicy: [{rule}]\n")
-    for parts in compile_model(str(path), Options()).segments.values():
-        first = parts[0].graph
-        dtypes = {name: t.dtype for name, t in first.tensors.items() if name.startswith("mlp.gate_up")}
-        assert sorted(dtypes.values()) == ["bfloat16", "float32"]
+    for model in (str(path), "llama2-7b", "llama2-70b"):
+        for phase, text in modules(compile_model(model, Options())):
+            for graph, part in zip(generated.recorded(text), phase, strict=True):
+                flat, names = part.graph, {}
+                shared = 0
+                for node, told in zip(flat.nodes, graph.nodes, strict=True):
+                    read = {names[name]: name for name in node.ins if name in names}
+                    for name, at in zip(node.ins, told.ins, strict=True):
+                        assert name not in names or graph.views.get(at, (at,))[0] == names[name]
+                    for name, at in zip(node.outs, told.outs, strict=True):
+                        if name in part.outputs or flat.tensors[name].role != "internal":
+                            continue
+                        before = next((n for n, place in names.items() if place == at), name)
+                        shared += before != name
+                        assert flat.tensors[before].form == flat.tensors[name].form
+                        assert at not in read
+                        names.pop(before, None)
+                        names[name] = at
+                assert shared or len(flat.nodes) < 200
+
+
+def modules(compiled):
+    """Segments and generated module of each phase."""
+    files = files_of(compiled)
+    return [(parts, files[f"{phase}.py"]) for phase, parts in compiled.segments.items()]

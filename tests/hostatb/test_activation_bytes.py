@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from llmc.compiler import artifact
+from llmc.compiler.atb.core import GRAPH_LIMITS
 from llmc.compiler.compiled import Compiled
 from llmc.compiler.memory import evaluate, form_of, largest, step_forms, workspace
 from llmc.compiler.options import Options
@@ -116,7 +117,8 @@ def measure(
 
 def planned_workspace(compiled: Compiled, segment: Segment) -> int:
     phase, number = segment
-    return max(evaluate(form, SYMBOLS) for form in workspace(compiled.segments[phase][number].graph))
+    part = compiled.segments[phase][number]
+    return max(evaluate(form, SYMBOLS) for form in workspace(part.short, part.places))
 
 
 def replaced_at_most(compiled: Compiled, segment: Segment) -> int:
@@ -136,22 +138,27 @@ LOOSE = {"device": "host", "dtype": "float32"}
 
 @pytest.mark.parametrize("attention", ["paged", "flash"])
 @pytest.mark.parametrize("fusions", [None, ()], ids=["fused", "plain"])
-def test_where_no_name_is_used_twice_the_plan_is_what_is_held(attention, fusions, tmp_path, monkeypatch):
-    """A layer a segment: each value has a name of its own, which libatb and hostatb free after its last use."""
-    options = Options(**LOOSE, attention=attention, fusions=fusions, layers_per_segment=1)
+@pytest.mark.parametrize("layers", [1, 0])
+def test_where_no_name_is_used_twice_the_plan_is_what_is_held(attention, fusions, layers, tmp_path, monkeypatch):
+    """A layer a segment, and all four in one: each value has a name of its own, which libatb and hostatb free after its
+    last use."""
+    options = Options(**LOOSE, attention=attention, fusions=fusions, layers_per_segment=layers)
     compiled, meter = measure(options, tmp_path, monkeypatch)
-    assert len(meter.within) == 8, "four layers in two phases"
+    assert len(meter.within) == (8 if layers else 2), "four layers in two phases"
     assert dict(meter.within) == {segment: planned_workspace(compiled, segment) for segment in meter.within}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rewrites", [False, True], ids=["kernels", "rewritten"])
-def test_where_layers_share_names_one_value_more_is_held_than_planned(dtype, rewrites, tmp_path, monkeypatch):
-    """libatb writes a layer's value over that of the layer before; hostatb makes the new one, then drops the old. A
-    rewrite may do with less: the parts of a split product stay views of it."""
+def test_where_values_share_names_one_value_more_is_held_than_planned(dtype, rewrites, tmp_path, monkeypatch):
+    """libatb writes a value over another one of its name; hostatb makes the new one, then drops the old. A rewrite may
+    do with less: the parts of a split product stay views of it."""
+    monkeypatch.setitem(GRAPH_LIMITS, "internals", 40)  # fewer names than the four layers have values
     compiled, meter = measure(Options(device="host", dtype=dtype), tmp_path, monkeypatch, rewrites=rewrites)
     assert set(meter.within) == {("prefill", 0), ("decode", 0)}
     for segment, held in meter.within.items():
+        part = compiled.segments[segment[0]][segment[1]]
+        assert len(set(part.places.values())) < len(part.places), "names are shared"
         planned = planned_workspace(compiled, segment)
         assert held <= planned + replaced_at_most(compiled, segment)
         assert rewrites or held >= planned
@@ -174,7 +181,7 @@ def test_what_segments_hand_over_is_what_the_executor_keeps(attention, layers, t
 def test_the_largest_forms_are_those_of_the_nodes(tmp_path, monkeypatch):
     compiled, _ = measure(Options(**LOOSE, layers_per_segment=2), tmp_path, monkeypatch)
     for parts in compiled.segments.values():
-        every = [form for part in parts for form in workspace(part.graph)]
+        every = [form for part in parts for form in workspace(part.short, part.places)]
         for tokens, batch in ((1, 1), (26, 3), (5, 5)):
             symbols = {"T": tokens, "B": batch, "M": 1}
             assert max(evaluate(f, symbols) for f in largest(every)) == max(evaluate(f, symbols) for f in every)
