@@ -28,13 +28,16 @@ class Rows:
 
     def __init__(self, caches: Mapping[str, torch.Tensor]) -> None:
         self.caches = caches
-        self._views: dict[tuple[int, int], dict[str, torch.Tensor]] = {}  # made once: a decode step comes again
+        self._running: dict[int, Mapping[str, torch.Tensor]] = {}  # by count, made once: decode steps come again
 
     def of(self, first: int, count: int) -> Mapping[str, torch.Tensor]:
         """The caches of a step that runs on these rows, by name."""
-        if (first, count) not in self._views:
-            self._views[first, count] = {n: rows_of(cache, first, count) for n, cache in self.caches.items()}
-        return self._views[first, count]
+        if not first and count in self._running:
+            return self._running[count]
+        views = {name: rows_of(cache, first, count) for name, cache in self.caches.items()}
+        if not first:
+            self._running[count] = views
+        return views
 
     def move(self, moves: Sequence[Move]) -> None:
         """Copy the beginning of a row over that of another one, one move after the other."""
