@@ -9,7 +9,7 @@ Every problem goes to `language.report`. What a definition becomes in each layer
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import networkx as nx
 
 from llmc.compiler.diagnostics import Place, Report, did_you_mean
 from llmc.compiler.ir import Graph, Rows, TensorType
-from llmc.compiler.language.expressions import ExpressionError, Number, UnknownName, evaluate
+from llmc.compiler.language.expressions import ExpressionError, Number, UnknownName, evaluate, names_in
 from llmc.compiler.language.reading import TOLD, Reader, Ref
 from llmc.compiler.language.source import Document, List, Map, Scalar, Value, show
 from llmc.compiler.ops import OPS, Attr, Op
@@ -25,6 +25,8 @@ from llmc.compiler.passes.types import in_layers, is_named
 from llmc.compiler.target.device import ATTENTION, DTYPES, device_names
 
 MAX_NODES = 10_000
+MAX_SIZES = 10_000
+MAX_RULES = 1_000  # of policy
 MAX_NESTING = 20
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 PATTERN = re.compile(r"[A-Za-z0-9_.*]+")
@@ -137,9 +139,7 @@ class Language(Reader):
         root = self.root
         self.places: dict[str, Place] = {}
         self.used: set[str] = set()  # sizes that something reads
-        self.open: list[str] = []  # sizes whose definitions are being evaluated
-        self.bad: set[str] = set()  # sizes that are reported already
-        self.values: dict[str, Number] = {}  # sizes whose value is known
+        self.values: dict[str, Number | UnknownName] = {}  # sizes that were evaluated
         self.known_keys(root, MODEL_KEYS, "a model", required=("name", "sizes", "graph", "outputs"))
         self.name = self.model_name(root.items.get("name"))
         self.size_defs = self.mapping(root.items.get("sizes"), "sizes")
@@ -170,15 +170,20 @@ class Language(Reader):
 
     def read_sizes(self) -> dict[str, Number]:
         sizes: dict[str, Number] = {}
+        if len(self.size_defs.items) > MAX_SIZES:
+            self.report.add("E004", f"{len(self.size_defs.items)} sizes; a model has at most {MAX_SIZES}",
+                            self.size_defs.place)  # fmt: skip
+            self.report.raise_if_any()
         for name, value in self.size_defs.items.items():
             self.places[f"sizes.{name}"] = value.place
-            self.open = [name]
             if self.name_ok(name, self.size_defs.keys[name], "a size"):
+                if name not in self.values:
+                    self.evaluate_size(name)
                 number = self.positive(value, name)
                 if number is not None:
                     sizes[name] = number
-        self.open = []
-        self.bad = set(self.size_defs.items) - set(sizes)
+        for name in set(self.size_defs.items) - set(sizes):
+            self.values[name] = UnknownName(name, code=TOLD)  # also where the value is no size
         if self.size_defs.items and "max_positions" not in self.size_defs.items:
             self.report.add("E102", "sizes needs the key 'max_positions'", self.size_defs.place,
                             needed="the longest context that the model was trained for")  # fmt: skip
@@ -190,29 +195,48 @@ class Language(Reader):
         value = self.rope_of(name) if name.startswith("rope.") else None
         if value is not None:
             return value
-        if name in self.values:
-            return self.values[name]
-        definition = self.size_defs.items.get(name)
-        if definition is None:
+        if name not in self.size_defs.items:
             raise UnknownName(f"unknown size {name!r}", likely=self.meant(name))
-        if name in self.open:
-            loop = [*self.open[self.open.index(name) :], name]
-            raise UnknownName(f"the size {name!r} depends on itself: {' -> '.join(loop)}", code="E202")
-        if len(self.open) >= MAX_NESTING:
-            raise UnknownName(f"more than {MAX_NESTING} sizes depend on each other")
-        if name in self.bad or not isinstance(definition, Scalar) or isinstance(definition.value, bool):
-            raise UnknownName(name, code=TOLD)
-        if isinstance(definition.value, (int, float)):
-            return definition.value
-        self.open.append(name)
-        try:
-            self.values[name] = evaluate(definition.text, self.lookup)
-            return self.values[name]
-        except ExpressionError as error:
-            # What is wrong with a definition is told where it stands; a circle is told where it was entered.
-            raise UnknownName(error.message, code="E202" if error.code == "E202" else TOLD) from None
-        finally:
-            self.open.pop()
+        if name not in self.values:
+            self.evaluate_size(name)
+        known = self.values[name]
+        if isinstance(known, UnknownName):
+            raise known
+        return known
+
+    def evaluate_size(self, name: str) -> None:
+        """Fills `values` for a size and those that it needs: each is evaluated once, what it needs before it, without
+        recursion, so that a chain may have any length. What is wrong with a definition is told where it stands."""
+        path = {name: self.needs(name)}  # sizes that wait for the one behind them -> what they still need
+        while path:
+            top, needs = next(reversed(path.items()))
+            waits_for = next((other for other in needs if other not in self.values), None)
+            if waits_for in path:
+                loop = [*path][[*path].index(waits_for) :]
+                shown = loop if len(loop) <= 12 else [*loop[:6], f"... {len(loop) - 9} more ...", *loop[-3:]]
+                words = f"the size {waits_for!r} depends on itself: {' -> '.join([*shown, waits_for])}"
+                self.values.update(dict.fromkeys(path, UnknownName(words, code="E202")))
+                return
+            if waits_for is not None:
+                path[waits_for] = self.needs(waits_for)
+                continue
+            path.popitem()
+            definition = self.size_defs.items[top]
+            if not isinstance(definition, Scalar) or isinstance(definition.value, bool) or definition.value is None:
+                self.values[top] = UnknownName(top, code=TOLD)
+            elif isinstance(definition.value, (int, float)):
+                self.values[top] = definition.value
+            else:
+                try:
+                    self.values[top] = evaluate(definition.text, self.lookup)
+                except ExpressionError as error:
+                    self.values[top] = UnknownName(error.message, code="E202" if error.code == "E202" else TOLD)
+
+    def needs(self, name: str) -> Iterator[str]:
+        """The sizes in the definition of a size."""
+        definition = self.size_defs.items[name]
+        text = definition.text if isinstance(definition, Scalar) and isinstance(definition.value, str) else ""
+        return (name for name in names_in(text) if name in self.size_defs.items)
 
     def meant(self, name: str) -> str:
         if name.lower() in ("yes", "no", "on", "off", "true", "false"):
@@ -538,6 +562,9 @@ class Language(Reader):
     def read_policy(self, value: Value | None) -> tuple[tuple[dict[str, Any], Place], ...]:
         """({"nodes": "layers.*.mlp.*", "layers": (0, 3), "dtype": "float32"}, place), the first match wins."""
         found = []
+        if isinstance(value, List) and len(value.items) > MAX_RULES:
+            self.report.add("E004", f"policy has {len(value.items)} rules; at most {MAX_RULES}", value.place)
+            return ()
         for item in self.listed(value, "policy"):
             rule = self.mapping(item, "a rule of policy")
             if not rule.items:

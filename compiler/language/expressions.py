@@ -47,6 +47,11 @@ def evaluate(text: str, lookup: Callable[[str], Number]) -> Number:
     return _Parser(text, lookup).whole()
 
 
+def names_in(text: str) -> list[str]:
+    """The names that `evaluate` would look up, as far as the text is an expression."""
+    return [match["name"] for match in TOKEN.finditer(text) if match["name"]] if len(text) <= MAX_LENGTH else []
+
+
 class _Parser:
     """Recursive descent: sum = product {+|- product}, product = unary {*|/|//|% unary}, unary = - unary | atom."""
 

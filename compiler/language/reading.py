@@ -34,7 +34,7 @@ class Reader:
     def __init__(self, root: Map, report: Report) -> None:
         self.root, self.report = root, report
         self.cache: dict[str, Number | ExpressionError] = {}
-        self.told: set[str | frozenset[str]] = set()
+        self.told: set[str] = set()
 
     def lookup(self, name: str) -> Number:
         """The value of a size, or UnknownName."""
@@ -114,9 +114,8 @@ class Reader:
         if not isinstance(known, ExpressionError):
             return known
         # An unknown size and a circle are told once, not at every use.
-        key = frozenset(known.message.rpartition(": ")[2].split()) if known.code == "E202" else known.message
-        if known.code != TOLD and not (known.code in ("E105", "E202") and key in self.told):
-            self.told.add(key)
+        if known.code != TOLD and not (known.code in ("E105", "E202") and known.message in self.told):
+            self.told.add(known.message)
             place = value.within(known.start, known.end)
             self.report.add(known.code, f"{what}: {known.message}", place, likely=known.likely)
         return None

@@ -20,7 +20,7 @@ from typing import Any, Union
 import yaml
 
 import llmc.graphs
-from llmc.compiler.diagnostics import DiagnosticError, Place, Report, UserError, did_you_mean
+from llmc.compiler.diagnostics import DiagnosticError, Place, Report, UserError, did_you_mean, shorten
 from llmc.compiler.files import TooLarge, Unreadable, is_within, kind, read_bytes
 
 GRAPHS = os.path.realpath(os.path.dirname(llmc.graphs.__file__))
@@ -356,8 +356,8 @@ class _Reader:
         self.file, self.report = file, report
         self.text = text
         self.events: Iterator[Any] = yaml.parse(text, Loader=LOADER)
-        self.anchors: dict[str, tuple[Value, int] | None] = {}
-        self.count = 0
+        self.anchors: dict[str, tuple[Value, int, int] | None] = {}  # name -> value, values in it, depth below it
+        self.count = self.deepest = 0
 
     def document(self) -> Map:
         try:
@@ -387,12 +387,11 @@ class _Reader:
     def value(self, event: Any, depth: int) -> Value:
         self.count += 1
         if isinstance(event, yaml.AliasEvent):
-            return self.alias(event)
+            return self.alias(event, depth)
         if event.tag is not None:
             self.stop("E002", f"tags are not used: {event.tag}", self.place(event), likely="remove the tag")
-        if depth > MAX_DEPTH:
-            self.stop("E004", TOO_DEEP, self.place(event))
-        before = self.count
+        self.reach(depth, event)
+        before, above, self.deepest = self.count, self.deepest, depth
         if event.anchor:
             self.anchors[event.anchor] = None
         result: Value
@@ -406,19 +405,27 @@ class _Reader:
         else:
             result = self.mapping(event, depth)
         if event.anchor:
-            self.anchors[event.anchor] = (result, self.count - before + 1)
+            self.anchors[event.anchor] = (result, self.count - before + 1, self.deepest - depth)
+        self.deepest = max(above, self.deepest)
         self.limit(event)
         return result
 
-    def alias(self, event: Any) -> Value:
+    def reach(self, depth: int, event: Any) -> None:
+        self.deepest = max(self.deepest, depth)
+        if depth > MAX_DEPTH:
+            self.stop("E004", TOO_DEEP, self.place(event))
+
+    def alias(self, event: Any, depth: int) -> Value:
         known = self.anchors.get(event.anchor)
         if known is None:
             why = "contains itself" if event.anchor in self.anchors else "has no anchor before it"
             self.stop("E002", f"alias *{event.anchor} {why}", self.place(event))
         assert known is not None
-        self.count += known[1]
+        value, count, below = known
+        self.count += count
+        self.reach(depth + below, event)
         self.limit(event)
-        return known[0]
+        return value
 
     def limit(self, event: Any) -> None:
         if self.count > MAX_VALUES:
@@ -436,7 +443,7 @@ class _Reader:
             if key.value == "<<":
                 self.report.add("E002", "YAML merge keys are not used", place, likely="use `extends`, or a block")
             if key.anchor:
-                self.anchors[key.anchor] = (self.scalar(key), 1)
+                self.anchors[key.anchor] = (self.scalar(key), 1, 0)
             value = self.value(next(self.events), depth + 1)
             if key.value in keys:
                 first = keys[key.value]
@@ -459,8 +466,12 @@ class _Reader:
             return text == "true"
         if INTEGER.fullmatch(text) or REAL.fullmatch(text):
             number = float(text)
-            if abs(number) >= 2.0**63 or len(text) > 60:
-                self.report.add("E106", "the number is too large", place, found=text[:40], needed="less than 2^63")
+            if abs(number) >= 2.0**63:
+                self.report.add("E106", "the number is too large", place, found=shorten(text), needed="less than 2^63")
+                return 1
+            if len(text) > 60:
+                self.report.add("E106", f"a number of {len(text)} characters", place, found=shorten(text),
+                                needed="at most 60")  # fmt: skip
                 return 1
             return int(text) if INTEGER.fullmatch(text) else number
         return text
