@@ -78,24 +78,25 @@ class Child:
                 self.end()
                 raise
             if not answer:
-                return {"failed": self.end()}
+                return {"failed": self._why_ended()}
             return json.loads(answer)
 
-    def end(self) -> str:
-        """End the process; what to say if it ended without an answer."""
+    def end(self) -> None:
         process, self._process = self._process, None
-        if process is None:
-            return ""
-        with process:
-            try:
-                ended = process.wait(1)  # its output ends a little before it
-            except subprocess.TimeoutExpired:
-                ended = None
-            process.kill()
+        if process is not None:
+            with process:
+                process.kill()
+
+    def _why_ended(self) -> str:
+        assert self._process
+        try:
+            ended = self._process.wait(1)  # its output ends a little before it
+        except subprocess.TimeoutExpired:
+            return f"no answer within {WAIT_SECONDS} seconds"
+        finally:
+            self.end()
         if ended == -signal.SIGPROF:
             return f"it takes more than {CPU_SECONDS:g} s of processor time"
-        if ended is None:
-            return f"no answer within {WAIT_SECONDS} seconds"
         name = signal.Signals(-ended).name if -ended in set(signal.Signals) else f"code {ended}"
         return f"the process that rendered it ended with {name}"
 

@@ -362,6 +362,19 @@ def test_a_renderer_that_was_killed_is_started_again():
     assert render_chat("{{ 2 }}", {}) == "2"
 
 
+@pytest.mark.processes
+def test_the_renderer_ends_with_its_process_at_once():
+    code = (
+        "import time; from llmc.runtime.engine.chat import CHILD, render_chat\n"
+        "render_chat('{{ 1 }}', {}); print(CHILD._process.pid, time.monotonic(), flush=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    pid, start = done.stdout.split()
+    assert time.monotonic() - float(start) < 0.9
+    assert not os.path.exists(f"/proc/{pid}")
+    assert done.stderr == ""
+
+
 def test_threads_and_forks_get_their_own_answers():
     answers: dict[int, str] = {}
     work = [
