@@ -99,7 +99,9 @@ class Transformers:
     def __init__(self, checkpoint: Path, dtype: str) -> None:
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=getattr(torch, dtype), trust_remote_code=False
+        ).eval()
 
     def step(self) -> None:
         out = self.model(self.ids, past_key_values=self.past, use_cache=True, logits_to_keep=1)

@@ -114,7 +114,7 @@ def load_transformers(folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     dtype = json.loads((folder / "config.json").read_text())["torch_dtype"]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=False)
     for parameter in model.parameters():  # it keeps the files mapped: read a value of every 4096-byte page
         parameter.detach().flatten()[::2048].sum()
 
