@@ -5,7 +5,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const phases = Object.keys(data.phases);
 const byId = (id) => document.getElementById(id);
-const now = { view: data.views[0], layer: 0, scale: 1, words: [], chosen: null };
+const now = { view: data.views[0], layer: 0, scale: 1, fit: true, stacked: false, words: [], chosen: null };
 const layerOf = Object.fromEntries(Object.keys(data.blocks).map((block) => [block, 0]));
 const panes = {}; // "model" or a phase -> {pane, canvas, boxes: [{node, layer, element}], paths}
 
@@ -126,10 +126,12 @@ function line(points) {
 /** items: [{node, view, layer, group}], edges: [{from, to, lines, view, layer}] with raw ids. */
 function draw(where, items, edges, spacing, choose) {
   const { pane } = panes[where];
-  const canvas = make("div", { class: "canvas" });
+  const form = now.fit ? `fitted ${now.stacked && where !== "model" ? "stacked" : ""}` : "";
+  const canvas = make("div", { class: `canvas ${form}` });
   pane.replaceChildren(canvas);
   const graph = new dagre.graphlib.Graph({ compound: true });
-  graph.setGraph({ rankdir: "TB", marginx: 14, marginy: 20, ...spacing });
+  const tight = { nodesep: 12, ranksep: 13, edgesep: 6, marginx: 8, marginy: 8 };
+  graph.setGraph({ rankdir: "TB", marginx: 14, marginy: 20, ...spacing, ...(now.fit ? tight : {}) });
   const lines = svg("svg", {});
   const marker = svg("marker", {
     id: `tip-${where}`, viewBox: "0 0 8 8", refX: 7, refY: 4, markerWidth: 6, markerHeight: 6, orient: "auto",
@@ -150,7 +152,7 @@ function draw(where, items, edges, spacing, choose) {
     if (group) graph.setParent(node.id, `block ${group}`);
   }
   const drawn = edges.filter((e) => graph.hasNode(e.from) && graph.hasNode(e.to)).map((edge) => {
-    const label = edge.lines.length ? carries(edge.lines, edge.view, edge.layer) : null;
+    const label = edge.lines.length && !now.fit ? carries(edge.lines, edge.view, edge.layer) : null;
     if (label) canvas.append(label);
     const size = label ? { width: label.offsetWidth, height: label.offsetHeight, labelpos: "c" } : {};
     graph.setEdge(edge.from, edge.to, size);
@@ -172,7 +174,7 @@ function draw(where, items, edges, spacing, choose) {
   Object.assign(canvas.style, { width: `${width}px`, height: `${height}px` });
   lines.setAttribute("width", width);
   lines.setAttribute("height", height);
-  Object.assign(panes[where], { canvas, boxes, paths, width });
+  Object.assign(panes[where], { canvas, boxes, paths, width, height });
 }
 
 function place(element, { x, y, width, height }) {
@@ -188,12 +190,40 @@ function frame(block, area) {
   return element;
 }
 
-/** As large as fits the column, both phases alike, but never unreadable; then as the reader likes. */
+/** Fitted: all of the drawing in its column. Else as large as fits the width, but never unreadable, then as the reader
+    likes. Both phases alike. Fitted into a narrow column, the boxes of a phase have two rows. */
 function refit() {
+  const { clientWidth, clientHeight } = panes[phases[0]].pane;
+  const stacked = now.fit && clientWidth < 0.85 * clientHeight;
+  if (stacked !== now.stacked) {
+    now.stacked = stacked;
+    phases.forEach(drawPhase);
+    mark();
+  }
   for (const group of [["model"], phases]) {
-    const rooms = group.map((where) => panes[where].pane.clientWidth / panes[where].width);
-    const scale = Math.min(1, Math.max(0.7, Math.min(...rooms))) * now.scale;
-    for (const where of group) panes[where].canvas.style.zoom = String(scale);
+    const drawn = group.map((where) => panes[where]);
+    const across = Math.min(...drawn.map(({ pane, width }) => pane.clientWidth / width));
+    const down = Math.min(...drawn.map(({ pane, height }) => pane.clientHeight / height));
+    const least = group === phases ? 0.85 : 0.7;
+    const scale = now.fit ? Math.min(1.3, across, down) : Math.min(1, Math.max(least, across)) * now.scale;
+    for (const { canvas } of drawn) canvas.style.zoom = String(scale);
+  }
+}
+
+/** The whole drawing in the window, or boxes that tell all and can be read. */
+function fit(wanted, scale = 1) {
+  const redraw = wanted !== now.fit;
+  Object.assign(now, { fit: wanted, scale });
+  byId("fit").setAttribute("aria-pressed", String(wanted));
+  if (redraw) {
+    drawModel();
+    phases.forEach(drawPhase);
+  }
+  refit();
+  if (redraw) {
+    ["model", ...phases].forEach(center);
+    mark();
+    if (now.chosen) bringIntoSight(".chosen, .linked");
   }
 }
 
@@ -223,7 +253,9 @@ function drawPhase(phase) {
   const items = drawing.nodes.map((node) => ({ node, view, layer, group: "" }));
   const edges = drawing.edges.map((edge) => ({ ...edge, view, layer }));
   draw(phase, items, edges, { nodesep: 14, ranksep: 30, edgesep: 8 }, chooseOperation(phase));
-  panes[phase].sums.textContent = drawing.facts.map(([label, text]) => `${label} ${text}`).join(", ");
+  const { sums } = panes[phase];
+  sums.textContent = drawing.facts.map(([label, text]) => `${label} ${text}`).join(", ");
+  sums.parentElement.title = sums.textContent;
 }
 
 // ---- what is shown
@@ -523,6 +555,8 @@ function keys(event) {
     event.preventDefault();
   } else if (!typing && (event.key === "[" || event.key === "]")) {
     step(event.key === "[" ? -1 : 1);
+  } else if (!typing && event.key === "f" && !event.ctrlKey && !event.metaKey && !event.altKey) {
+    fit(!now.fit);
   }
 }
 
@@ -546,9 +580,20 @@ function segment({ layers, counts, ends }, number, all) {
     const [view, place] = target ? [target.view, target.layer] : [data.views[0], 0];
     const text = layer < 0 ? name : String(layer);
     const go = () => show(view, place);
-    return make("button", { class: "cell", "data-place": `${view} ${place}`, title: text, onclick: go }, text);
+    const kind = layer < 0 ? "named" : layer % 10 ? "" : "tenth";
+    return make("button", { class: `cell ${kind}`, "data-place": `${view} ${place}`, title: text, onclick: go }, text);
   });
-  return make("div", { class: "segment", title: counts }, title, make("div", { class: "cells" }, ...cells));
+  const style = `--cells: ${layers.length}`;
+  const about = `${ends}\n${counts}`;
+  return make("div", { class: "segment", title: about, style }, title, make("div", { class: "cells" }, ...cells));
+}
+
+/** Numbers that have no room are left out, but for each tenth. */
+function thin() {
+  for (const strip of document.querySelectorAll(".strip")) {
+    const cells = [...strip.querySelectorAll(".cell:not(.named)")];
+    strip.classList.toggle("dense", cells.some((cell) => cell.clientWidth < 6 * cell.textContent.length + 3));
+  }
 }
 
 function start() {
@@ -572,18 +617,20 @@ function start() {
   byId("previous").addEventListener("click", () => step(-1));
   byId("next").addEventListener("click", () => step(1));
   for (const [id, by] of [["smaller", 1 / 1.2], ["larger", 1.2]]) {
-    byId(id).addEventListener("click", () => {
-      now.scale *= by;
-      refit();
-    });
+    byId(id).addEventListener("click", () => fit(false, now.fit ? 1 : now.scale * by));
   }
+  byId("fit").addEventListener("click", () => fit(!now.fit));
   byId("search").addEventListener("input", search);
   byId("search").addEventListener("focus", () => openHits(now.words.length > 0));
   document.addEventListener("click", (event) => {
     if (!byId("finder").contains(event.target)) openHits(false);
   });
   document.addEventListener("keydown", keys);
-  window.addEventListener("resize", refit);
+  window.addEventListener("resize", () => {
+    refit();
+    thin();
+  });
+  thin();
 }
 
 start();

@@ -61,13 +61,19 @@ outputs: {logits: lm_head}
 def drawn(request, picture, open_page):
     model, options = GRAPHS[request.param]
     compiled, text = picture(model, **options)
-    return compiled, open_page(text)
+    return compiled, read(open_page(text))
 
 
 @pytest.fixture
 def ranks8(picture, open_page):
     compiled, text = picture("llama2-13b", world_size=8)
-    return compiled, open_page(text)
+    return compiled, read(open_page(text))
+
+
+def read(browser):
+    """From the whole drawing in the window, which a page begins with, to boxes that tell all."""
+    browser.find_element(By.ID, "fit").click()
+    return browser
 
 
 def complaints(browser):
@@ -416,6 +422,120 @@ def test_using_the_page_asks_for_nothing_and_says_nothing(ranks8):
     assert complaints(browser) == ([], [])
 
 
+# ---- the whole drawing in the window
+
+
+@pytest.fixture
+def window(browser):
+    """Sets the size of the window's inside; the size that other tests have comes back."""
+
+    def resize(width, height):
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+    yield resize
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+WINDOWS = [(1280, 800), (1920, 1080)]
+FITTED = {"llama2-70b": {"world_size": 8}, "smollm2-135m": {}}
+
+
+@pytest.mark.parametrize("size", WINDOWS, ids=str)
+@pytest.mark.parametrize("model", FITTED)
+def test_a_page_begins_with_all_of_a_layer_in_the_window(model, size, window, picture, open_page):
+    compiled, text = picture(model, **FITTED[model])
+    window(*size)
+    browser = open_page(text)
+    for place in ("layers 0", "before layers 0", "after layers 0", "layers 7"):
+        go_to(browser, place)
+        assert [name for where in ("model", "prefill", "decode") for name in out_of_sight(browser, where)] == []
+        assert [pair for where in ("model", "prefill", "decode") for pair in overlaps(browser, where)] == []
+        assert [name for where in ("model", "prefill", "decode") for name in cut(browser, where)] == []
+    shown = [e.text.split() for e in browser.find_elements(By.CSS_SELECTOR, "#decode .operation")]
+    assert ["PagedAttention", "S(1)" if compiled.options.world_size > 1 else "R", "attn.core"] in shown
+    assert text_height(browser, "#decode .operation b") >= 9
+    click(browser, box(browser, "decode", "layers.7.attn.o"))  # the column of details takes room
+    assert out_of_sight(browser, "decode") == out_of_sight(browser, "prefill") == []
+    assert names(browser, "decode", ".chosen") == ["layers.7.attn.o"]
+    assert text_height(browser, "#decode .operation b") >= 8.5
+    assert complaints(browser) == ([], [])
+
+
+@pytest.mark.parametrize("size", WINDOWS, ids=str)
+def test_the_header_of_80_layers_leaves_the_window_to_the_drawing(size, window, picture, open_page):
+    _, text = picture("llama2-70b", world_size=8)
+    window(*size)
+    browser = open_page(text)
+    assert browser.execute_script("return document.querySelector('header').offsetHeight") <= 0.18 * size[1]
+    for place in ("layers 0", "layers 10", "layers 79", "after layers 0"):
+        browser.find_element(By.CSS_SELECTOR, f'.cell[data-place="{place}"]').click()
+        assert browser.execute_script("return document.getElementById('view').value") == place
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= size[0]
+    crowded = browser.execute_script(
+        "return [...document.querySelectorAll('.cell:not(.named)')].filter(c =>"
+        "c.clientWidth < 6 * c.innerText.length && getComputedStyle(c).color != 'rgba(0, 0, 0, 0)' &&"
+        "!c.matches('.tenth, .current')).map(c => c.innerText)"
+    )
+    assert crowded == []
+
+
+def test_fit_is_a_button_and_a_key(picture, open_page):
+    _, text = picture("llama2-13b", world_size=8)
+    browser = open_page(text)
+    button, body = browser.find_element(By.ID, "fit"), browser.find_element(By.TAG_NAME, "body")
+
+    def fitted():
+        shapes = browser.find_elements(By.CSS_SELECTOR, "#decode .line")
+        assert all(e.is_displayed() for e in shapes) or not any(e.is_displayed() for e in shapes)
+        assert button.get_attribute("aria-pressed") == str(not shapes[0].is_displayed()).lower()
+        return not shapes[0].is_displayed()
+
+    assert fitted()
+    for go in (lambda: body.send_keys("f"), button.click):
+        go()
+        assert not fitted()
+        go()
+        assert fitted()
+    click(browser, box(browser, "decode", "layers.0.attn.o"))
+    body.send_keys("f")  # what was chosen stays chosen, and in sight
+    assert names(browser, "decode", ".chosen") == ["layers.0.attn.o"]
+    assert in_sight(browser, box(browser, "decode", "layers.0.attn.o"))
+    body.send_keys("f")
+    browser.find_element(By.ID, "larger").click()
+    assert not fitted()
+    type_in(browser, "f")
+    assert not fitted(), "in the search it is a letter"
+
+
+def test_text_of_lowered_blocks_is_large_enough_to_read(window, picture, open_page):
+    _, text = picture("llama2-70b", world_size=8)
+    for size, least in zip(WINDOWS, (11, 12), strict=True):
+        window(*size)
+        browser = read(open_page(text))
+        assert text_height(browser, "#prefill .operation .line") >= least
+        assert text_height(browser, "#decode .operation .place") >= least
+
+
+def text_height(browser, selector):
+    """The font's size as it is seen, in pixels."""
+    return browser.execute_script(
+        "const e = document.querySelector(arguments[0]);"
+        "return parseFloat(getComputedStyle(e).fontSize) * parseFloat(e.closest('.canvas').style.zoom)",
+        selector,
+    )
+
+
+def out_of_sight(browser, where):
+    return browser.execute_script(
+        "const p = document.querySelector(`#${arguments[0]} .pane`).getBoundingClientRect();"
+        "return [...document.querySelectorAll(`#${arguments[0]} .node`)].filter(e => {"
+        "const r = e.getBoundingClientRect(); return r.left < p.left - 1 || r.right > p.right + 1 ||"
+        "r.top < p.top - 1 || r.bottom > p.bottom + 1 || r.bottom > innerHeight + 1}).map(e => e.dataset.name)",
+        where,
+    )
+
+
 # ---- it can be read
 
 
@@ -449,7 +569,7 @@ def test_text_stands_out_from_what_is_behind_it(scheme, picture, open_page, brow
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     )
     try:
-        open_page(text)
+        read(open_page(text))
         page = luminance(color(browser, "body", "backgroundColor"))
         assert (page > 0.5) == (scheme == "light")
         type_in(browser, "linear")
