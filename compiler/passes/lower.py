@@ -16,11 +16,19 @@ def lower(graph: Graph, attention: str, backend: str, device: Device) -> AtbGrap
     """operators  ->  ATB operations with host tensors, caches written in place, and views"""
     low = Lowering(graph, attention, backend, device)
     report = Report()
+    lost: set[str] = set()  # values that were not made, for a reason that is told
+    told = set()
     for node in graph.nodes:
+        if lost.intersection(node.inputs.values()):
+            lost.update(node.values)
+            continue
         try:
             OPS[node.op].lower(node, low)
         except NoRule as error:
-            report.add(error.code, f"'{node.name}' ({node.op}): {error.message}", node.place, **error.details)
+            lost.update(node.values)
+            if (error.code, node.place) not in told:  # once for all layers
+                told.add((error.code, node.place))
+                report.add(error.code, f"'{node.name}' ({node.op}): {error.message}", node.place, **error.details)
     report.raise_if_any()
     # Outputs carry the name that the author gave them.
     names = {value: name for name, value in graph.outputs.items()}

@@ -36,6 +36,8 @@ class Executes(Protocol):
 
 def is_paged(manifest: Mapping[str, Any]) -> bool:
     """Paged caches are [N, block, heads, head_dim], contiguous ones [1, B, S, heads * head_dim]."""
+    if not manifest["caches"]:
+        raise UserError("a model without attention has no cache, and generating text needs one", code="E501")
     return next(iter(manifest["caches"].values()))["shape"][0] == "N"
 
 

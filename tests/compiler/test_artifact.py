@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -268,7 +269,7 @@ WEIGHT = "layers.0.attn.qkv.weight"
         (("phases", "prefill", "segments", 0, "inputs", 0), "nobody", "nothing before it makes 'nobody'"),
         (("phases", "prefill", "operations", 0, "layers"), "0-99999999", "expected numbers and ranges of layers"),
         (("phases", "chunk"), {}, "phases.chunk: unknown; expected prefill, decode"),
-        (("caches",), {}, "caches: expected those of the attention nodes; found none"),
+        (("caches",), {}, "nothing before it makes 'layers.0.attn.core.k_cache'"),
         (("memory", "steps", "decode", "workspace"), [], "memory.steps.decode: expected a form"),
         (("memory", "cache"), {"X": 1}, "memory.cache: expected symbols of T, B, M, N, P, S"),
         (("\x1b[31m",), 1, "unknown; expected"),
@@ -316,6 +317,12 @@ def test_json_that_no_writer_makes_is_one_short_message(written, text, words):
         artifact.read(written)
     assert words in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+def test_a_model_without_attention_is_an_artifact_too(tmp_path):
+    tiny = Path(__file__).parents[1] / "cases" / "language" / "base" / "tiny.yaml"
+    artifact.write(compile_model(str(tiny), Options(device="host")), tmp_path / "out")
+    assert artifact.read(tmp_path / "out").manifest["caches"] == {}
 
 
 def test_a_module_that_leads_out_of_the_directory_is_refused(written, tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from llmc.compiler.atb import OPS as ATB
+from llmc.compiler.diagnostics import DiagnosticError
 from llmc.compiler.ir import AtbGraph, AtbNode, evaluate
 from llmc.compiler.options import Options
 from llmc.compiler.pipeline import compile_model
@@ -164,6 +165,19 @@ def described(graph: AtbGraph, node: AtbNode, symbols: dict[str, int]) -> dict[s
         for n in node.outs
     ]
     return {"op": node.op, "param": plain(ATB[node.op].param(node.param)), "in": ins, "out": outs}
+
+
+@pytest.mark.parametrize("parts", [4, 5, 40])
+def test_what_atb_cannot_split_is_told_once_for_all_layers(parts, tmp_path):
+    rows = ", ".join(f"p{i}: {{out: hidden}}" for i in range(parts))
+    nodes = f'qkv: {{op: linear, x: x, weight: "l.{{i}}.w", parts: {{{rows}}}}}, '
+    nodes += "core: {v: qkv.p3}, rope: {q: qkv.p0, k: qkv.p1}"
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"extends: llama2-7b\nname: mine\nblocks: {{attention: {{nodes: {{{nodes}}}}}}}\n")
+    with pytest.raises(DiagnosticError) as caught:
+        compile_model(str(path), Options(device="host"))
+    assert [d.code for d in caught.value.diagnostics] == ["E402"]
+    assert f"2 or 3 parts, not {parts}" in str(caught.value)
 
 
 def described_reference(node: dict[str, Any]) -> dict[str, Any]:

@@ -150,6 +150,18 @@ def test_what_runs_is_the_text_that_was_compared_with_its_hash(written):
     assert "build" in load_module(whole, "prefill.py")
 
 
+def test_a_model_without_attention_is_refused_by_name(written, checkpoint, capsys):
+    manifest = json.loads((written / "manifest.json").read_text())
+    manifest["caches"] = {}
+    for phase in manifest["phases"].values():
+        for part in phase["segments"]:
+            part["inputs"] = [name for name in part["inputs"] if "cache" not in name]
+            part["in_place"] = []
+    forge(written / "manifest.json", manifest)
+    assert run(checkpoint, written) == 1
+    assert "without attention" in capsys.readouterr().out
+
+
 def test_a_model_without_a_size_called_vocab_runs(written, checkpoint, capsys):
     manifest = json.loads((written / "manifest.json").read_text())
     del manifest["sizes"]["vocab"]
