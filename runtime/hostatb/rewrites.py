@@ -77,18 +77,22 @@ def coded(step: Step, code: Code) -> Step:
 
 def merged(steps: Sequence[Step], inputs: Sequence[tuple[int, int]], outputs: Sequence[tuple[int, int]]) -> Step:
     """Several steps as one, with these inputs and outputs, each given as (step, index). Its code comes later."""
-    inside = {slot for step in steps for slot in step.outputs} - {steps[s].outputs[i] for s, i in outputs}
+    dead = dict[int, None]()
+    for step in steps:  # a slot may be given again to a value of a later step
+        dead = {slot: None for slot in dead if slot not in step.outputs} | dict.fromkeys(step.frees)
+    read = [steps[s].inputs[i] for s, i in inputs]
+    written = [steps[s].outputs[i] for s, i in outputs]
     return Step(
         core=steps[-1].core,
         label=steps[-1].label,
         run=steps[-1].run,
         ins=tuple(steps[s].ins[i] for s, i in inputs),
         outs=tuple(steps[s].outs[i] for s, i in outputs),
-        inputs=tuple(steps[s].inputs[i] for s, i in inputs),
+        inputs=tuple(read),
         views=tuple(steps[s].views[i] for s, i in inputs),
-        outputs=tuple(steps[s].outputs[i] for s, i in outputs),
+        outputs=tuple(written),
         stores=(False,) * len(outputs),
-        frees=tuple(dict.fromkeys(slot for step in steps for slot in step.frees if slot not in inside)),
+        frees=tuple(slot for slot in dead if slot in (*read, *written)),
     )
 
 
