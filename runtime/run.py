@@ -37,6 +37,7 @@ from llmc.compiler.language.checkpoint import (
     choose_variant,
     ignoring,
     read_config,
+    stored_dtype,
 )
 from llmc.compiler.language.config_keys import KEYS
 from llmc.compiler.options import Options
@@ -321,12 +322,11 @@ def _artifact(
     graph = choose_variant(config, config_path) if args.graph is None else args.graph
     allow_extends = tuple(args.allow_extends or ())
     check_config(load_model(graph, allow_extends), config, config_path)
-    stored = config.get("dtype") or config.get("torch_dtype")
     device = args.device or default_device(args.torch_device)
     ask = on_npu(device) and world_size != 1 and len(device_profile(device).backends) > 1
     options = Options(
         device=device,
-        dtype=dtype_of(args) or stored,
+        dtype=dtype_of(args) or stored_dtype(config),
         attention=attention_of(args),
         world_size=world_size,
         backend=args.backend or (npu.backend(one_host=team is None or team.place.one_host) if ask else None),

@@ -27,6 +27,7 @@ from llmc.compiler.language.config_keys import (
     KEYS,
     QUANTISED_KEYS,
     ROPE_KEYS,
+    TYPES,
     number,
     with_defaults,
 )
@@ -35,6 +36,7 @@ from llmc.compiler.language.expressions import ExpressionError, Number, UnknownN
 from llmc.compiler.language.reading import NAME
 from llmc.compiler.language.source import Map, Scalar, catalogue, load
 from llmc.compiler.sharding import deal_heads
+from llmc.compiler.target.device import DTYPES
 
 FAMILY = "families/llama"
 # Names of rope settings in config.json (transformers/modeling_rope_utils.py) that are not ours.
@@ -68,6 +70,18 @@ def ignoring(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     if missing := [name for name in names if name not in config]:
         raise UserError(f"config.json has no key {missing[0]!r} to ignore", hint=did_you_mean(missing[0], config))
     return {**config, **dict.fromkeys(names)}
+
+
+def stored_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype that a config.json says, in either spelling; None where it says none. UserError."""
+    said = _first(config.get("dtype"), config.get("torch_dtype"))
+    name = said.removeprefix("torch.") if isinstance(said, str) else said
+    if name in (None, "auto"):
+        return None
+    if isinstance(name, str) and name in DTYPES:
+        return name
+    raise UserError(f"config.json says dtype {_say(said)}, and weights are cast to {', '.join(DTYPES)} only",
+                    hint="--dtype says another", code="E502")  # fmt: skip
 
 
 def check_config(model: Model, config: Mapping[str, Any], config_path: str = "config.json") -> None:
@@ -366,7 +380,7 @@ def variant_from_config(config: Mapping[str, Any], name: str, ignore: Sequence[s
     if tied:
         del fixed["tie_word_embeddings"]
     problems += [
-        f"{key} {_say(said)} (needed: {_say(needed)}){_why(key)}"
+        f"{key} {_say(said)} (needed: {_say(needed)}){_why(key, said)}"
         for key, (said, needed) in fixed.items()
         if not same(said, needed)
     ]
@@ -389,9 +403,11 @@ def variant_from_config(config: Mapping[str, Any], name: str, ignore: Sequence[s
         f"sizes: {{{', '.join(f'{k}: {_plain(v)}' for k, v in written.items())}}}",
         *rope_lines,
     ]
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    if dtype == "bfloat16":  # float32 weights are cast: no NPU computes in float32
-        lines.append(f"dtype: {dtype}")
+    if _first(config.get("dtype"), config.get("torch_dtype")) in (
+        "bfloat16",
+        "torch.bfloat16",
+    ):  # float32 weights are cast: no NPU computes in float32
+        lines.append("dtype: bfloat16")
     said = ["tie_word_embeddings: {is: true}"] if tied else []
     said += [f"{json.dumps(key)}: {{ignore: llmc init --ignore-config}}" for key in ignore]
     lines += [f"config: {{{', '.join(said)}}}"] if said else []
@@ -402,8 +418,11 @@ def variant_from_config(config: Mapping[str, Any], name: str, ignore: Sequence[s
     return "\n".join(lines) + "\n"
 
 
-def _why(key: str) -> str:
-    return f": {KEYS[key].does}; it takes {KEYS[key].needs}" if key in KEYS else ""
+def _why(key: str, said: Any = None) -> str:
+    if key not in KEYS:
+        return ""
+    own = TYPES.get(said) if key == "model_type" and isinstance(said, str) else None
+    return f": {KEYS[key].does}{f' ({own})' if own else ''}; it takes {KEYS[key].needs}"
 
 
 def _said(

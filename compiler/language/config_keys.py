@@ -116,7 +116,7 @@ def is_hidden_size(value: Any, config: Config, positions: int | None) -> bool:
 NO = (False, 0)
 ONE = (1, 1.0)
 RULE = "a rule under `config:` that names the model's size"
-MOE = "a mixture of experts in place of the MLP"
+MOE = "experts in place of the MLP"
 LATENT = "multi-head latent attention"
 BIASES = "`bias:` beside the weights (docs/add-a-variant.md), and a rule under `config:`"
 ROPE_OF = "`rope:` settings"
@@ -144,7 +144,8 @@ KEYS: Mapping[str, Key] = {
          "multi_query_group_num", "padded_vocab_size", "qk_head_dim"),
         Key("a size under another name", "gpt2, falcon, dbrx; chatglm", RULE),
     ),
-    "model_type": Key("the code that computes the model", "auto/configuration_auto.py", "a rule under `config:`"),
+    "model_type": Key("the code that computes the model", "auto/configuration_auto.py",
+                      "a model of that type, which says `config: {model_type: {text: ...}}`"),
     "hidden_act": Key("function between the MLP's matmuls", "llama LlamaMLP", "an operator for it"),
     "hidden_activation": Key("function between the MLP's matmuls", "gemma2 Gemma2MLP", "an operator for it"),
     **dict.fromkeys(
@@ -165,8 +166,8 @@ KEYS: Mapping[str, Key] = {
     # which tokens a token sees
     **dict.fromkeys(("sliding_window", "sliding_window_size"),
                     Key("a token sees only so many tokens up to itself",
-                        "mistral create_sliding_window_causal_mask; gemma2", "attention with a window", NO,
-                        window_is_off)),
+                        "mistral create_sliding_window_causal_mask; gemma2",
+                        "attention with a window, or max_positions within it", NO, window_is_off)),
     "use_sliding_window": Key("switches the window of `sliding_window` on", "qwen2 configuration_qwen2.py",
                               "attention with a window", NO, no_window),
     "max_window_layers": Key("layers from this one on have a window", "qwen2 configuration_qwen2.py",
@@ -333,6 +334,40 @@ _HARMLESS: Mapping[str, str] = {
         task_specific_params generation_config""",
 }
 HARMLESS: Mapping[str, str] = {name: why for why, names in _HARMLESS.items() for name in names.split()}
+
+
+# ---- what the code of a model type does without a key that says so (modeling_TYPE.py), beyond a LLaMA's
+
+TYPES: Mapping[str, str] = {
+    "qwen": "biases of q, k and v, which are packed (c_attn); intermediate_size is that of gate and up together",
+    "qwen2": "biases of q, k and v",
+    "qwen2_moe": "biases of q, k and v; experts with a shared one",
+    "qwen3": "norms of q and k",
+    "qwen3_moe": "norms of q and k; experts",
+    "internlm2": "q, k and v packed by groups (wqkv); tensors of other names",
+    "baichuan": "q, k and v packed (W_pack); the 13B has ALiBi; Baichuan 2 normalises lm_head",
+    "chatglm": "packed tensors of other names; rope turns adjacent pairs of half a head",
+    "phi": "LayerNorm; one norm for attention and MLP, which read the same input; an MLP without gate",
+    "phi3": "packed tensors (qkv_proj, gate_up_proj)",
+    "gemma": "norms multiply with 1 + weight; the embedding is multiplied with sqrt(hidden_size)",
+    "gemma2": "as gemma, and norms behind the blocks",
+    "gemma3_text": "as gemma2, and norms of q and k",
+    "cohere": "LayerNorm without bias; attention and MLP read the same input; rope turns adjacent pairs",
+    "olmo": "LayerNorm without weights",
+    "olmo2": "norms behind the blocks; norms of q and k over all heads",
+    "stablelm": "LayerNorm; rope over part of a head",
+    "starcoder2": "LayerNorm; an MLP without gate",
+    "nemotron": "LayerNorm with 1 + weight; an MLP without gate",
+    "glm": "packed gate and up; rope turns adjacent pairs of half a head",
+    "glm4": "packed gate and up; norms behind the blocks; rope turns adjacent pairs of half a head",
+    "helium": "rope turns adjacent pairs",
+    "arcee": "an MLP without gate",
+    "ernie4_5": "rope turns adjacent pairs",
+    "mixtral": "experts; tensors of other names",
+    "gpt_neox": "LayerNorm; packed q, k and v by heads; an MLP without gate",
+    "deepseek_v2": "multi-head latent attention",
+    "deepseek_v3": "multi-head latent attention",
+}  # fmt: skip
 
 
 # ---- what a missing key means: model type -> key -> value (the defaults of models/TYPE/configuration_TYPE.py), where

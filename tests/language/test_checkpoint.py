@@ -19,6 +19,7 @@ from llmc.compiler.language.checkpoint import (
     choose_variant,
     read_config,
     rope_from_config,
+    stored_dtype,
     variant_from_config,
 )
 from llmc.compiler.language.config_keys import DEFAULTS, HARMLESS, KEYS, ROPE_KEYS
@@ -514,6 +515,35 @@ def test_a_model_without_rules_refuses_what_nobody_checked():
         check_config(model, published("llama2-7b", **TINY))
     told = [d.message.split()[2] for d in caught.value.diagnostics]
     assert sorted(told) == ["num_key_value_heads", "rms_norm_eps"]
+
+
+@pytest.mark.parametrize(
+    ("said", "dtype"),
+    [("float16", "float16"), ("torch.bfloat16", "bfloat16"), ("auto", None), (None, None), ("", "''"), ("int8", "int8"),
+     (5, "5"), (["float16"], "float16"), (True, "true"), (float("nan"), "NaN")],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_stored_dtype_is_one_of_ours_or_told(said, dtype, key):
+    if dtype in ("float16", "bfloat16", None) and not isinstance(said, list):
+        assert stored_dtype({key: said}) == dtype
+        return
+    with pytest.raises(UserError, match=f"config.json says dtype .*{dtype}.* float16"):
+        stored_dtype({key: said})
+
+
+def test_a_window_that_a_shorter_model_never_reaches_is_off():
+    """Mistral 0.1 up to 4096 positions: its author says why the length differs."""
+    config, _ = OTHERS["mistralai/Mistral-7B-v0.1"]
+    text = variant_from_config({**config, "model_type": "llama", "sliding_window": None}, "mine")
+    rules = "config: {model_type: {text: mistral}, max_position_embeddings: {ignore: within the window}}\n"
+    check_config(build_model(loads(text.replace("32768", "4096") + rules)), config)
+    with pytest.raises(DiagnosticError, match="sliding_window 4096"):
+        check_config(build_model(loads(text.replace("32768", "4097") + rules)), config)
+
+
+def test_what_a_model_type_has_without_a_key_is_told_by_init():
+    with pytest.raises(UserError, match=r"model_type 'qwen2' .*biases of q, k and v"):
+        variant_from_config(OTHERS["Qwen/Qwen2-7B"][0], "mine")
 
 
 def test_an_unknown_key_is_passed_knowingly_by_the_model_or_by_a_flag(tmp_path, capsys):
