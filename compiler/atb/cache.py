@@ -8,7 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import product
 
-from llmc.compiler.atb.core import AtbOp, Desc, Field, Param, Row, require, require_dim, require_dim_nums, require_param
+from llmc.compiler.atb.core import (
+    DTYPE_BYTES,
+    LOGGED,
+    AtbOp,
+    Desc,
+    Field,
+    Param,
+    Row,
+    require,
+    require_dim,
+    require_dim_nums,
+    require_param,
+)
 
 # compressType
 NO_COMPRESS, KVHEAD, KVHEAD_ROPE = range(3)
@@ -107,6 +119,11 @@ def late(param: Param, ins: Sequence[Desc], outs: Sequence[Desc], chip: str) -> 
         chip != "Ascend310P" or param.kvCacheCfg == K_CACHE_V_CACHE_NZ or ins[0].dtype != "int8", "ERROR_RT_FAIL",
         "int8 caches are impossible on 310P", found=str(ins[2]), expected="float16", tensor="keyCache",
     )  # fmt: skip
+    for tensor in ins[:2] if outs[0].format == "nz" else ():  # whole NZ blocks of each head
+        size = tensor.shape[2] * DTYPE_BYTES[tensor.dtype]
+        require(
+            size % 32 == 0, LOGGED, "head size in bytes", found=str(size), expected="a multiple of 32", tensor="key"
+        )
 
 
 RESHAPE_AND_CACHE = AtbOp(

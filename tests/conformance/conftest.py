@@ -1,4 +1,4 @@
-"""The counts of the vendor's tables at the end of a run: what agrees, and how much is not judged and why."""
+"""The counts of the vendor's data at the end of a run: what agrees, and how much is not judged and why."""
 
 from __future__ import annotations
 
@@ -7,16 +7,29 @@ from collections import Counter
 import pytest
 from vendor_cases import summary
 
-COUNTS = "vendor rows"  # the property that a test of one table leaves its counts in
+from llmc.compiler.atb import OPS
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    cases = _total(terminalreporter, "vendor rows")
+    if cases:
+        terminalreporter.section("vendor's operation cases")
+        for line in summary(cases):
+            terminalreporter.line(line)
+    nodes = _total(terminalreporter, "layer nodes")
+    if nodes:
+        terminalreporter.section("vendor's layer graphs")
+        lacking = {op: count for op, count in sorted(nodes.items()) if op not in OPS}
+        names = ", ".join(f"{op} {count}" for op, count in lacking.items())
+        terminalreporter.line(f"{nodes.total() - sum(lacking.values())} of {nodes.total()} operations are modelled")
+        terminalreporter.line(f"not modelled: {names or 'none'}")
+
+
+def _total(terminalreporter: pytest.TerminalReporter, name: str) -> Counter[str]:
+    """Sum of the counts that tests have recorded as this property."""
     total: Counter[str] = Counter()
     for report in (*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")):
-        for name, value in report.user_properties:
-            if name == COUNTS and isinstance(value, dict):
+        for key, value in report.user_properties:
+            if key == name and isinstance(value, dict):
                 total.update(value)
-    if total:
-        terminalreporter.section("vendor's operation cases")
-        for line in summary(total):
-            terminalreporter.line(line)
+    return total
