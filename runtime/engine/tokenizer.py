@@ -22,6 +22,7 @@ from llmc.compiler.diagnostics import UserError
 from llmc.runtime.engine.chat import render_chat
 from llmc.runtime.foreign import alone, is_failure, no_questions, quiet_transformers
 
+MAX_GROWTH = 1000  # published ones replace a character by one, or by a few; the library ends the process without memory
 REPLACEMENT = "\ufffd"  # what decoders print for bytes that are not yet, or never, a character
 
 
@@ -170,6 +171,9 @@ def _fast(file: Path) -> tuple[Any, Any, Any, frozenset[int]]:
         fast.no_padding()
         fast.no_truncation()
         special = {i for i, token in fast.get_added_tokens_decoder().items() if token.special}
+        growth = max(_growth(fast.normalizer), _growth(fast.decoder))
+    if growth > MAX_GROWTH:
+        raise UserError(f"{file}: its replacements make a character {growth} long; more than {MAX_GROWTH} are refused")
 
     def encode(text: str, special: bool) -> list[int]:
         # The post-processor of tokenizer.json says which tokens are added; like transformers 5, this ignores
@@ -182,6 +186,17 @@ def _fast(file: Path) -> tuple[Any, Any, Any, frozenset[int]]:
             return fast.decode(ids, skip_special_tokens=False)
 
     return encode, decode, fast.token_to_id, frozenset(special)
+
+
+def _growth(stage: Any) -> int:
+    """The most that the replacements of a normalizer or decoder, one after the other, can make of a character."""
+    steps = [] if stage is None else [json.loads(stage.__getstate__())]
+    growth = 1
+    while steps:
+        step = steps.pop()
+        growth *= max(1, len(step["content"])) if step.get("type") == "Replace" else 1
+        steps += step.get("normalizers", []) + step.get("decoders", [])
+    return growth
 
 
 @contextmanager

@@ -660,6 +660,16 @@ def test_random_damage_to_a_tokenizer_is_a_message_also_when_it_encodes(copy):
     assert refused > 100
 
 
+@pytest.mark.parametrize(("stage", "steps"), [("normalizer", "normalizers"), ("decoder", "decoders")])
+def test_a_tokenizer_whose_replacements_would_fill_the_memory_is_refused(copy, stage, steps):
+    vocabulary = json.loads((copy / "tokenizer.json").read_text())
+    replace = {"type": "Replace", "pattern": {"String": "w"}, "content": "w" * 100}
+    vocabulary[stage] = {"type": "Sequence", steps: [replace, {"type": "Sequence", steps: [replace] * 9}]}
+    (copy / "tokenizer.json").write_text(json.dumps(vocabulary))
+    with bounded(), pytest.raises(UserError, match=r"tokenizer\.json: its replacements make a character 10{20} long"):
+        load_tokenizer(copy).encode("w1")
+
+
 def test_a_word_that_a_vocabulary_cannot_say_is_one_message(copy):
     vocabulary = json.loads((copy / "tokenizer.json").read_text())
     vocabulary["model"]["unk_token"] = "nothing"
