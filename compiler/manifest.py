@@ -243,8 +243,8 @@ def _contradictions(m: Mapping[str, Any]) -> Iterator[str]:
     for phase, facts in m["phases"].items():
         yield from _flow(f"phases.{phase}", facts, m)
     for phase, step in m["memory"]["steps"].items():
-        if not step["tensors"] or not step["workspace"]:
-            yield f"memory.steps.{phase}: expected a form of tensors and one of workspace; found none"
+        if not step["tensors"]:
+            yield f"memory.steps.{phase}: expected a form of tensors; found none"
 
 
 def _files(m: Mapping[str, Any]) -> Iterator[str]:

@@ -75,7 +75,7 @@ def needed(
         "constants": evaluate(plan["constants"], symbols),
         "step_tensors": max(evaluate(form, symbols) for step in steps for form in step["tensors"]),
         "workspace": max(
-            plan["workspace_at_least"], *(evaluate(form, symbols) for step in steps for form in step["workspace"])
+            [plan["workspace_at_least"], *(evaluate(form, symbols) for step in steps for form in step["workspace"])]
         ),
     }
     return {**found, "total": sum(found.values())}

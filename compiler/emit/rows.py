@@ -142,6 +142,7 @@ class _Module:
             self.groups.setdefault(group.layer, []).append(group)
         self.code: dict[tuple[Layer, str], list[str]] = {}  # of each operation, by its name in the layer
         self.functions: dict[Layer, Function] = {}
+        self.outside: set[str] = set()  # views that nodes outside layers made in the segment that is printed
         self.tails: dict[str, Function] = {}  # what several functions have in common
         self.inputs: dict[tuple[str, ...], Function] = {}  # what layers are given -> the function that lists it
 
@@ -188,6 +189,7 @@ class _Module:
             return text(f"{match[1]}.{index(int(match[2]), True)}.{match[3]}") if match and is_layer else text(name)
 
         runs = list(_runs(part.groups))
+        self.outside = set()
         lines = ["    graph = atb.GraphBuilder(name)"]
         lines += statement(self.signature(part, runs, index, actual), 4)
         for run in runs:
@@ -214,7 +216,7 @@ class _Module:
         group, layer = run.groups[0], run.layer
         if not layer.block:
             given = dict(zip(layer.args, map(actual, group.reads), strict=True))
-            yield from self.operations(Scope(part=part, group=group, own="", args=given), layer.nodes)
+            yield from self.operations(Scope(part=part, group=group, own="", args=given), layer.nodes, self.outside)
             return
         function = self.function(part, layer).name
         more = ["ranks"] if in_ranks(layer) else []
@@ -308,8 +310,9 @@ class _Module:
             )
         return self.inputs[key].name
 
-    def operations(self, scope: Scope, nodes: Sequence[AtbNode]) -> Iterator[str]:
-        done: set[str] = set()
+    def operations(self, scope: Scope, nodes: Sequence[AtbNode], done: set[str] | None = None) -> Iterator[str]:
+        """`done`: names of views that the graph has already."""
+        done = set() if done is None else done
         for node in nodes:
             self.code[scope.group.layer, node.name] = lines = statements(scope, node, self.views, done)
             yield from lines

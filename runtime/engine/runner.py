@@ -105,6 +105,8 @@ def causal_mask(constant: Mapping[str, Any], shape: Sequence[int], dtype: torch.
 
 def cache_sizes(manifest: Mapping[str, Any], caches: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """What the symbols of the cache's shape are here: {"N": blocks}, or {"B": rows, "S": positions}."""
+    if not caches:
+        raise UserError(f"{manifest['model']} has no attention node, so no sequence can be continued")
     name, cache = next(iter(caches.items()))
     named = zip(manifest["caches"][name]["shape"], cache.shape, strict=True)
     return {symbol: size for symbol, size in named if isinstance(symbol, str)}

@@ -270,7 +270,7 @@ WEIGHT = "layers.0.attn.qkv.weight"
         (("phases", "prefill", "operations", 0, "layers"), "0-99999999", "expected numbers and ranges of layers"),
         (("phases", "chunk"), {}, "phases.chunk: unknown; expected prefill, decode"),
         (("caches",), {}, "nothing before it makes 'layers.0.attn.core.k_cache'"),
-        (("memory", "steps", "decode", "workspace"), [], "memory.steps.decode: expected a form"),
+        (("memory", "steps", "decode", "tensors"), [], "memory.steps.decode: expected a form"),
         (("memory", "cache"), {"X": 1}, "memory.cache: expected symbols of T, B, M, N, P, S"),
         (("\x1b[31m",), 1, "unknown; expected"),
         (("files", "../../x.py"), "0" * 64, "expected the name of a Python file"),
