@@ -20,7 +20,17 @@ import networkx as nx
 from llmc.compiler.diagnostics import Place, did_you_mean
 from llmc.compiler.ir import Graph, Node, Repeat, Source, TensorType, Weight, standing_for
 from llmc.compiler.language import source
-from llmc.compiler.language.definitions import INPUTS, MAX_NODES, CallDef, Def, Language, NodeDef, RepeatDef, Rule
+from llmc.compiler.language.definitions import (
+    INPUTS,
+    MAX_CARRIED,
+    MAX_NODES,
+    CallDef,
+    Def,
+    Language,
+    NodeDef,
+    RepeatDef,
+    Rule,
+)
 from llmc.compiler.language.reading import Ref
 from llmc.compiler.language.source import Document, Scalar
 from llmc.compiler.ops import OPS, NoRule
@@ -105,6 +115,7 @@ class _Expansion:
         self.repeats: dict[str, Repeat] = {}
         self.instances: list[Instance] = []
         self.carried: dict[str, tuple[Ref, Scope]] = {}  # name of a carried value or block input -> what it is
+        self.made_by: dict[str, str] = {}  # name of a carried value -> the value that it turned out to be
         self.counted = 0  # nodes and scopes, with those of iterations that are left out
         self.told: set[Any] = set()
 
@@ -188,6 +199,9 @@ class _Expansion:
         if self.every_layer:
             return Repeat(count=d.count, kept=tuple(every))
         names = list(self.names(d.nodes))
+        if d.count * len(names) > MAX_NODES:  # before every rule of `policy:` is asked about every one of them
+            self.report.add("E106", f"the graph has more than {MAX_NODES} nodes", d.place)
+            self.report.raise_if_any()
 
         def rules(i: int) -> list[bool]:
             nodes = [f"{d.name}.{i}.{name}" for name in names]
@@ -207,11 +221,14 @@ class _Expansion:
 
     def alias(self, name: str, ref: Ref, scope: Scope) -> str:
         self.carried[name] = (ref, scope)
+        if len(self.carried) > MAX_CARRIED:
+            self.report.add("E004", f"repeats and blocks pass on more than {MAX_CARRIED} values", ref.place)
+            self.report.raise_if_any()
         return name
 
     def resolve(self, ref: Ref, scope: Scope) -> str:
         """The value that an edge means: made by a node, or an input of the graph."""
-        seen: set[str] = set()
+        seen: dict[str, None] = {}
         while True:
             value = scope.values.get(ref.text)
             if value is None and scope.parent is not None:
@@ -219,12 +236,14 @@ class _Expansion:
             if value is None:
                 self.unknown(ref, scope)
                 return ""
+            value = self.made_by.get(value, value)
             if value not in self.carried:
+                self.made_by.update(dict.fromkeys(seen, value))  # each carried value is followed once
                 return value
             if value in seen:
                 self.once("E202", f"'{ref.text}' is carried or passed in a circle and never made", ref.place)
                 return ""
-            seen.add(value)
+            seen[value] = None
             ref, scope = self.carried[value]
 
     def unknown(self, ref: Ref, scope: Scope) -> None:

@@ -26,7 +26,8 @@ from llmc.compiler.target.device import ATTENTION, DTYPES, device_names
 
 MAX_NODES = 10_000
 MAX_SIZES = 10_000
-MAX_RULES = 1_000  # of policy
+MAX_CARRIED = 100_000  # values that repeats carry and blocks take and give, all iterations together
+MAX_RULES = 200  # of policy
 MAX_NESTING = 20
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 PATTERN = re.compile(r"[A-Za-z0-9_.*]+")
@@ -182,6 +183,8 @@ class Language(Reader):
                 number = self.positive(value, name)
                 if number is not None:
                     sizes[name] = number
+        if "max_positions" in sizes:
+            self.whole(self.size_defs.items["max_positions"], "max_positions")
         for name in set(self.size_defs.items) - set(sizes):
             self.values[name] = UnknownName(name, code=TOLD)  # also where the value is no size
         if self.size_defs.items and "max_positions" not in self.size_defs.items:
@@ -361,13 +364,13 @@ class Language(Reader):
             self.known_keys(block, BLOCK_KEYS, what, required=("nodes",))
             if ("output" in block.items) == ("outputs" in block.items):
                 self.report.add("E102", f"{what} needs `output` or `outputs`, one of the two", block.place)
-        inputs = []
+        inputs: dict[str, None] = {}  # in written order
         for item in self.listed(block.items.get("inputs"), f"inputs of {what}"):
             input = self.text(item, f"an input of {what}")
             if input and self.name_ok(input, item.place, "an input"):
                 if input in inputs:
                     self.report.add("E204", f"{what} has two inputs '{input}'", item.place)
-                inputs.append(input)
+                inputs[input] = None
         nodes = self.read_nodes(block.items.get("nodes"), f"nodes of {what}", taken=inputs)
         if "outputs" in block.items:
             outputs = self.read_refs(block.items["outputs"], f"outputs of {what}")

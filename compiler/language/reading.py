@@ -58,7 +58,7 @@ class Reader:
         return value.items
 
     def known_keys(self, value: Map, known: Iterable[str], what: str, required: Iterable[str] = ()) -> None:
-        known = list(known)
+        known = dict.fromkeys(known)
         for key in value.items:
             if key not in known:
                 self.report.add("E101", f"{what} has no key '{key}'", value.keys[key], likely=did_you_mean(key, known))

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from llmc.compiler.diagnostics import DiagnosticError
+from llmc.compiler.language import build as build_module
 from llmc.compiler.language import definitions, expressions, reading
 from llmc.compiler.language.build import Model, build_model, load_model
 from llmc.compiler.language.definitions import MAX_RULES, MAX_SIZES
@@ -133,3 +134,50 @@ def test_numbers_and_expressions_of_any_length_are_one_short_message(line, cell,
         load_model(path)
     assert words in str(caught.value)
     assert len(str(caught.value)) < 1_500
+
+
+def test_a_value_that_is_carried_far_is_followed_once():
+    """x goes through all iterations, and every one of them reads it."""
+    lookups = 0
+
+    class Counted(dict):
+        def get(self, *args):
+            nonlocal lookups
+            lookups += 1
+            return super().get(*args)
+
+    count = 1_000
+    repeat = {
+        "repeat": count,
+        "carry": {"x": "embed", "y": "embed"},
+        "nodes": {"a": {"op": "add", "a": "x", "b": "y"}},
+        "next": {"x": "x", "y": "a"},
+    }
+    layers = yaml.safe_load(TINY)["graph"]["layers"]
+    whole = text(graph={"r": repeat, "layers": {**layers, "carry": {"x": "r.y"}}})
+    language = definitions.Language(loads(whole))
+    expansion = build_module._Expansion(language, every_layer=True)
+    expansion.made_by = Counted()
+    assert len(expansion.graph().nodes) > count
+    assert lookups < 10 * count
+
+
+def test_values_that_repeats_carry_are_bounded():
+    names = [f"x{i}" for i in range(3_000)]
+    repeat = {"repeat": 200, "carry": dict.fromkeys(names, "embed"), "nodes": {"a": {"op": "silu", "x": "x0"}}}
+    nodes = {"r": {**repeat, "next": {name: name for name in names}}}
+    with pytest.raises(DiagnosticError, match="pass on more than 100000 values"):
+        build_module._Expansion(definitions.Language(loads(text(graph=nodes))), every_layer=True).graph()
+
+
+def test_a_repeat_of_too_many_nodes_is_refused_before_rules_are_asked_about_them(monkeypatch):
+    monkeypatch.setattr(build_module, "is_named", None)
+    whole = text(sizes={"layers": 9_000}, policy=[{"nodes": "*", "dtype": "float32"}] * MAX_RULES)
+    with pytest.raises(DiagnosticError, match="more than 10000 nodes"):
+        build_model(loads(whole), every_layer=False)
+
+
+@pytest.mark.parametrize("value", [0.5, "hidden * 1.5", 2**40])
+def test_the_longest_context_is_a_whole_number(value):
+    error = refused(text(sizes={"max_positions": value}))
+    assert "max_positions must be a whole number" in str(error)
