@@ -521,9 +521,10 @@ def _rope_lines(rope: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     if scaling := rope.get("scaling"):
         kind = scaling["type"]
         needed, optional = SCALINGS.get(kind, ((), ())) if isinstance(kind, str) else ((), ())
-        missing = [key for key in needed if not _above_zero(scaling.get(key))]
+        missing = [key for key in needed if not _fits(key, scaling.get(key))]
         wrong = [key for key in optional if key in scaling and not _fits(key, scaling[key])]
-        if not needed or missing or wrong or set(scaling) - {"type", *needed, *optional}:
+        flat = kind == "yarn" and rope["theta"] == 1  # all dimensions turn alike, and none can be told from another
+        if not needed or missing or wrong or flat or set(scaling) - {"type", *needed, *optional}:
             problems.append(f"rope scaling is not offered: {_say(dict(scaling))} (known types: {', '.join(SCALINGS)})")
         else:
             pairs = [f"{k}: {_plain(scaling[k])}" for k in (*needed, *optional) if k in scaling]
@@ -536,7 +537,9 @@ def _above_zero(value: Any) -> bool:
 
 
 def _fits(key: str, value: Any) -> bool:
-    return isinstance(value, bool) if key == "truncate" else _above_zero(value)
+    if key == "truncate":
+        return isinstance(value, bool)
+    return _above_zero(value) and (key != "original_max_positions" or (isinstance(value, int) and value <= LARGEST))
 
 
 def _plain(value: Any) -> str:

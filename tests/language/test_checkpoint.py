@@ -589,6 +589,7 @@ def test_sizes_that_no_model_has_are_told_by_the_key(change, words):
 
 VALUES = [None, True, False, 0, 1, -1, 3, 0.0, 1.5, 1e-6, 10**30, 10**320, float("nan"), float("inf"), "", "silu",
           "yarn", [], [1], [[1]], {}, {"type": "yarn"}, {"rope_type": "dynamic", "factor": 2.0}, {"a": {"b": [None]}},
+          {"rope_type": "yarn", "factor": 2, "rope_theta": 1.0, "original_max_position_embeddings": 7.5},
           {"rope_theta": [], "rope_type": {}}, {"type": "yarn", "factor": None, "truncate": 3}]  # fmt: skip
 
 
