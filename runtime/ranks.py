@@ -246,6 +246,20 @@ class Team:
         """Ranks that have not given this sign."""
         return [rank for rank in range(self.place.world_size) if not self.store.check([f"llmc/{sign}/{rank}"])]
 
+    def least(self, value: int) -> int:
+        """The smallest that any rank gives, on every rank."""
+        import torch
+        import torch.distributed as dist
+
+        if self.alone:
+            return value
+        shared = torch.tensor(value)
+        try:
+            dist.all_reduce(shared, op=dist.ReduceOp.MIN)
+        except RuntimeError as error:
+            raise Gone(str(error)) from None
+        return int(shared)
+
     def sampler(self, sampler: Samples) -> Samples:
         """Rank 0's choice, on every rank."""
         return sampler if self.alone else SharedSampler(sampler, self.place.rank)

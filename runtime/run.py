@@ -19,11 +19,12 @@ import re
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -53,12 +54,13 @@ from llmc.runtime.engine.sampling import Sampler, SamplingParams
 from llmc.runtime.engine.tokenizer import Tokenizer, eos_ids, load_tokenizer
 from llmc.runtime.executor import Executor
 from llmc.runtime.flags import DEFAULT_QUESTION, attention_of, check_run_flags, dtype_of, sampling_of, words_of
-from llmc.runtime.hostatb.numeric import free_memory
+from llmc.runtime.host_memory import free_memory
 from llmc.runtime.ranks import Team
-from llmc.runtime.room import Room, make_room, memory_limit, workspace_size
+from llmc.runtime.room import Limit, Room, host_limit, make_room, memory_limit, workspace_size
 from llmc.runtime.weights import check_directory, load_weights, progress_bar
 
 TORCH_DEVICE = re.compile(r"(?P<kind>cpu|cuda|npu)(?::(?P<index>[0-9]{1,3}))?")
+T = TypeVar("T")
 Message = dict[str, str]  # {"role": "user", "content": text}
 Prompt = str | list[int] | list[Message]
 
@@ -80,7 +82,7 @@ class Asked:
 
     params: SamplingParams
     tokenizer: Tokenizer | None
-    prompts: list[Prompt]
+    prompts: list[Prompt]  # as given: one that --batch-size repeats is here once
     ids: list[list[int]]
     artifact: artifacts.Artifact
 
@@ -97,20 +99,22 @@ def prepare(args: argparse.Namespace, team: Team | None, cleanup: contextlib.Exi
     for key in set(args.ignore_config or ()) & set(KEYS):
         note(f"--ignore-config {key}: without it the answers are another model's ({KEYS[key].does})")
     tokenizer = load_tokenizer(args.model_path) if args.load_tokenizer else None
-    prompts = replicate(read_prompts(args), args.batch_size)
+    prompts = read_prompts(args)
     ids = [encode(prompt, tokenizer, args) for prompt in prompts]
     artifact = _artifact(args, config, cleanup, team)
     sizes = artifact.manifest["sizes"]
-    longest = min(sizes["max_positions"], args.max_position_embeddings or sizes["max_positions"])
+    longest = positions_of(args, artifact.manifest)
     for index, prompt in enumerate(ids):
         check_prompt(index, prompt, vocab=sizes.get("vocab"), max_length=longest)
-    room_for(args, artifact.manifest, ids, params)
+    requests = requests_of(ids, args.batch_size)
+    room_for(args, artifact.manifest, requests, params, limit_for(args, artifact.manifest, requests, params, team))
     return Asked(params=params, tokenizer=tokenizer, prompts=prompts, ids=ids, artifact=artifact)
 
 
 def answer(args: argparse.Namespace, asked: Asked, team: Team | None) -> int:
     """Load, generate, print; the exit code. Of several ranks, rank 0 prints."""
-    prompts, ids, params, talks = asked.prompts, asked.ids, asked.params, team is None or team.talks
+    prompts, ids = replicate(asked.prompts, args.batch_size), replicate(asked.ids, args.batch_size)
+    params, talks = asked.params, team is None or team.talks
     start = time.perf_counter()
     engine = make_engine(args, asked.artifact, asked.tokenizer, ids, params, team)
     engine.warm_up()
@@ -263,11 +267,16 @@ def token_ids(text: str, place: str) -> list[int]:
         raise UserError(f"{place} must be token ids with commas between them; found {text[:60]!r}") from None
 
 
-def replicate(prompts: list[Prompt], batch_size: int | None) -> list[Prompt]:
+def replicate(prompts: Sequence[T], batch_size: int | None) -> list[T]:
     """One prompt is repeated; several are their own batch (the original scripts' rule)."""
     if len(prompts) == 1:
-        return prompts * (batch_size or 1)
-    return prompts
+        return list(prompts) * (batch_size or 1)
+    return list(prompts)
+
+
+def requests_of(ids: Sequence[Sequence[int]], batch_size: int | None) -> Counter[int]:
+    """Tokens of a prompt -> how many of `replicate`'s prompts have so many; nothing is repeated for it."""
+    return Counter({len(ids[0]): batch_size or 1}) if len(ids) == 1 else Counter(map(len, ids))
 
 
 def encode(prompt: Prompt, tokenizer: Tokenizer | None, args: argparse.Namespace) -> list[int]:
@@ -439,18 +448,23 @@ def make_engine(
     limit = manifest["sizes"]["max_positions"]
     if args.max_position_embeddings and args.max_position_embeddings > limit:
         note(f"--max-position-embeddings {args.max_position_embeddings}: the model has {limit}, which stays the limit")
-    limit = min(limit, args.max_position_embeddings or limit)
+    limit = positions_of(args, manifest)
     if max(map(len, prompts)) < limit < max(map(len, prompts)) + params.max_tokens:
         note(f"answers end where a sequence has {limit} tokens in all, prompt included")
-    room = room_for(args, manifest, prompts, params)
-    if room.note:
-        note(room.note)
+    requests = Counter(map(len, prompts))
+    bound = limit_for(args, manifest, requests, params, team)
+    room = room_for(args, manifest, requests, params, bound)
     atb, device, ranks = open_device(manifest, args.torch_device, team)
     if device.type == "npu" and room.workspace:
         npu.set_workspace(atb, workspace_size(room, device_profile(manifest["device"])))
     if team:
         team.meet()
-    note_memory(manifest["memory"]["weight_bytes"] * (team.place.local_world_size if team else 1), device)
+        if bound and bound.host:  # each rank has measured for itself, and all must take the same steps
+            room = room_for(args, manifest, requests, params, replace(bound, usable=team.least(bound.usable)))
+    if room.note:
+        note(room.note)
+    if not (bound and bound.host):
+        note_memory(manifest["memory"]["weight_bytes"] * (team.place.local_world_size if team else 1), device)
     caches = make_caches(manifest, room.sizes, device)
     weights = load_weights(
         manifest["weights"],
@@ -480,28 +494,60 @@ def make_engine(
     )
 
 
+def limit_for(
+    args: argparse.Namespace,
+    manifest: Mapping[str, Any],
+    requests: Counter[int],
+    params: SamplingParams,
+    team: Team | None,
+) -> Limit | None:
+    """What a rank may use: what the user or the device's profile says, else the free memory where tensors live on the
+    host. UserError where the requests alone are more than that."""
+    target = device_profile(manifest["device"])
+    profile = target.environment.get("common", {}) if on_npu(target.name) else {}
+    host = host_limit(
+        free_memory(),
+        team.place.local_world_size if team else manifest["world_size"],
+        requests,
+        answer=params.max_tokens,
+        positions=positions_of(args, manifest),
+    )
+    said = memory_limit(
+        args.memory,
+        target,
+        {**profile, **os.environ},
+        attention=manifest["attention"],
+        backend=manifest["backend"] if manifest["world_size"] > 1 else "",
+    )
+    place = TORCH_DEVICE.fullmatch(args.torch_device or "")
+    elsewhere = place["kind"] != "cpu" if place else on_npu(target.name)
+    return said if said or elsewhere else host
+
+
+def positions_of(args: argparse.Namespace, manifest: Mapping[str, Any]) -> int:
+    """The longest sequence of this run."""
+    most = manifest["sizes"]["max_positions"]
+    return min(most, args.max_position_embeddings or most)
+
+
 def room_for(
-    args: argparse.Namespace, manifest: Mapping[str, Any], prompts: Sequence[Sequence[int]], params: SamplingParams
+    args: argparse.Namespace,
+    manifest: Mapping[str, Any],
+    requests: Counter[int],
+    params: SamplingParams,
+    limit: Limit | None,
 ) -> Room:
     """The cache and the batch: the whole batch at its longest, unless --num-blocks or the memory says less. UserError
-    where what is asked for does not fit."""
-    target, positions = device_profile(manifest["device"]), manifest["sizes"]["max_positions"]
-    profile = target.environment.get("common", {}) if on_npu(target.name) else {}
+    where what is asked for does not fit. `requests`: tokens of a prompt -> how many."""
     return make_room(
         manifest,
-        [len(prompt) for prompt in prompts],
+        requests,
         answer=params.max_tokens,
-        max_batch=args.batch_size or len(prompts),
-        positions=min(positions, args.max_position_embeddings or positions),
+        max_batch=args.batch_size or requests.total(),
+        positions=positions_of(args, manifest),
         blocks=args.num_blocks,
         prefill_tokens=args.max_prefill_tokens if args.max_prefill_tokens > 0 else None,
-        limit=memory_limit(
-            args.memory,
-            target,
-            {**profile, **os.environ},
-            attention=manifest["attention"],
-            backend=manifest["backend"] if manifest["world_size"] > 1 else "",
-        ),
+        limit=limit,
     )
 
 

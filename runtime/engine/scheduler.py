@@ -94,8 +94,9 @@ class Scheduler:
 
     def finish(self, done: Iterable[Sequence]) -> None:
         # From the last row down, so that the sequence that fills a hole is never itself done.
-        for seq in sorted(done, key=self.running.index, reverse=True):
-            self._remove(seq)
+        row = {seq.id: i for i, seq in enumerate(self.running)}
+        for hole in sorted((row[seq.id] for seq in done), reverse=True):
+            self._remove(hole)
 
     def clear(self) -> None:
         """Drop everything, queued and running; nothing is worth a copy then."""
@@ -119,16 +120,18 @@ class Scheduler:
 
     def _make_room(self) -> None:
         """Each running sequence gets room for its last token, oldest first; the newest ones pay."""
+        paid: set[int] = set()
         for seq in sorted(self.running, key=lambda s: s.id):
-            while seq in self.running and not self.room.grow(seq):
+            while seq.id not in paid and not self.room.grow(seq):
                 newest = max(self.running, key=lambda s: s.id)
-                self._remove(newest)
+                self._remove(self.running.index(newest))
                 self.waiting.appendleft(newest)
                 self.preemptions += 1
+                paid.add(newest.id)
 
-    def _remove(self, seq: Sequence) -> None:
-        """Take a sequence out; the last one takes its place, so that rows stay 0 to n - 1."""
-        hole, last = self.running.index(seq), self.running.pop()
+    def _remove(self, hole: int) -> None:
+        """Take the sequence of this row out; the last one takes its place, so that rows stay 0 to n - 1."""
+        seq, last = self.running[hole], self.running.pop()
         if last is not seq:
             self.running[hole] = last
             if self.room.compact:

@@ -22,7 +22,6 @@ the plain row-major matrix, because there the layout is the device's own busines
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -99,12 +98,3 @@ def nz_to_nd(x: Tensor, rows: int | None = None, columns: int | None = None) -> 
     b, blocks, rows16, n0 = x.shape
     plain = x.transpose(1, 2).reshape(b, rows16, blocks * n0)
     return plain[:, :rows, :columns].contiguous()
-
-
-def free_memory() -> int | None:
-    """Bytes that Linux could hand out without swapping; None elsewhere."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, StopIteration):
-        return None

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from llmc.compiler.atb.core import CHIPS, AtbError, AtbOp, Desc, Param
+from llmc.runtime.host_memory import free_memory
 from llmc.runtime.hostatb import (
     attention,
     cache,
@@ -34,7 +35,7 @@ from llmc.runtime.hostatb import (
     sampling,
     shape,
 )
-from llmc.runtime.hostatb.numeric import TORCH_DTYPE, Kernel, desc_of, format_of, free_memory, set_format
+from llmc.runtime.hostatb.numeric import TORCH_DTYPE, Kernel, desc_of, format_of, set_format
 from llmc.runtime.hostatb.params import ParamStruct
 
 FAMILIES = (linear, norm, rope, elementwise, attention, cache, shape, sampling, moe, collective)

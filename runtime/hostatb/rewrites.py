@@ -27,10 +27,11 @@ from llmc.compiler.atb.core import FLOATS16, Desc, Param
 from llmc.compiler.atb.elementwise import SWIGLU_FORWARD
 from llmc.compiler.atb.norm import NORM, PRENORM
 from llmc.compiler.atb.self_attention import DECODER, PA_ENCODER
+from llmc.runtime.host_memory import free_memory
 from llmc.runtime.hostatb.attend import attend
 from llmc.runtime.hostatb.choices import CHOICES
 from llmc.runtime.hostatb.masks import is_tile, is_triangle, mask_factor
-from llmc.runtime.hostatb.numeric import TORCH_DTYPE, free_memory
+from llmc.runtime.hostatb.numeric import TORCH_DTYPE
 from llmc.runtime.hostatb.operation import Single
 from llmc.runtime.hostatb.paged_attention import checked_tables
 from llmc.runtime.hostatb.step import Code, Derived, Step

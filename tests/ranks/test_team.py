@@ -250,6 +250,13 @@ def test_ranks_take_the_tokens_of_rank_0(monkeypatch):
     assert sent == [[7, 8], [0, 0]]
 
 
+def test_ranks_agree_on_the_least_memory_that_one_of_them_has(monkeypatch):
+    """Each measures for itself; with caches of different sizes they would take different steps."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, op: tensor.clamp_(max=5 << 30))
+    assert Team(place()).least(7 << 30) == 5 << 30
+    assert Team(place(world_size=1, local_world_size=1)).least(7 << 30) == 7 << 30
+
+
 @pytest.mark.parametrize(
     ("ended", "message"),
     [

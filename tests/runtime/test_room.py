@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from llmc.compiler.memory import needed
 from llmc.compiler.options import Options
 from llmc.compiler.pipeline import compile_model
 from llmc.compiler.target.device import device
-from llmc.runtime.room import Limit, Room, make_room, memory_limit
+from llmc.runtime.room import Limit, Room, host_limit, make_room, memory_limit
 
 GIB = 2**30
 PROMPTS = [1000, 700, 300, 1000]
@@ -174,3 +175,60 @@ def test_the_page_on_sizing_shows_a_refusal_as_it_is_printed():
     with pytest.raises(UserError) as refused:
         make_room(manifest(), [2000] * 4, answer=300, max_batch=4, positions=4096, limit=limit)
     assert f"llmc: {refused.value}" in page
+
+
+FREE = Counter({1000: 2, 700: 1, 300: 1})
+
+
+def host(free: float, requests: Counter[int] = FREE, ranks: int = 2) -> Limit:
+    limit = host_limit(int(free * GIB), ranks, requests, answer=100, positions=4096)
+    assert limit is not None
+    return limit
+
+
+def test_prompts_can_be_counted_instead_of_listed():
+    for limit in (None, Limit(usable=int(13.8 * GIB), source="x")):
+        options: dict[str, Any] = {"answer": 100, "max_batch": 3, "positions": 4096, "limit": limit}
+        assert make_room(manifest(), FREE, **options) == make_room(manifest(), PROMPTS, **options)
+
+
+def test_ranks_of_one_host_share_its_free_memory():
+    limit = host(40)
+    assert limit.source == "40.00 GiB of memory are free on this host, for 2 ranks"
+    assert 19.99 * GIB < limit.usable < 20 * GIB
+    assert host_limit(None, 2, FREE, answer=1, positions=8) is None
+
+
+def test_a_cache_that_is_cut_leaves_a_part_of_the_host_for_kernels():
+    options: dict[str, Any] = {"answer": 100, "max_batch": 4, "positions": 4096}
+    whole = make_room(manifest(), FREE, **options, limit=host(29.0))
+    assert whole.sizes["N"] == 29
+    many = Counter({1000: 1000})
+    cut = make_room(manifest(), many, **{**options, "max_batch": 1000}, limit=host(40.0, many))
+    assert 50 < cut.sizes["N"] < 9000
+    assert cut.sizes["N"] * 128 * 400 * 1024 < (20 * 7 / 8 - 12.27) * GIB
+    assert cut.max_batch == cut.sizes["B"] == min(1000, cut.sizes["N"])
+    # One sequence may have the last eighth too.
+    assert make_room(manifest(), Counter({1000: 4}), **options, limit=host(27.5)).sizes["N"] >= 9
+
+
+def test_what_a_host_does_not_hold_is_refused_with_ways_that_help_there():
+    """More ranks on it would not."""
+    with pytest.raises(UserError) as refused:
+        make_room(manifest(), FREE, answer=100, max_batch=4, positions=4096, limit=host(8))
+    said = str(refused.value)
+    assert "may use 4.00 GiB (8.00 GiB of memory are free on this host, for 2 ranks)" in said
+    assert "--memory SIZE" in said
+    assert "larger --tp" not in said
+
+
+@pytest.mark.parametrize("count", [10**9, 10**30])
+def test_more_requests_than_a_host_can_list_are_refused_without_listing_them(count):
+    with pytest.raises(UserError, match=rf"{count} prompts [\s\S]* a smaller --batch-size"):
+        host(64, Counter({5: count}))
+    assert host(64, Counter({5: 100_000})).usable > 29 * GIB
+
+
+def test_rope_tables_that_are_too_long_name_their_flag():
+    with pytest.raises(UserError, match="a smaller --max-position-embeddings"):
+        make_room(manifest(), FREE, answer=100, max_batch=4, positions=10**9, limit=host(64))

@@ -224,13 +224,66 @@ def test_printed_rates_follow_from_the_printed_times(checkpoint, capsys):
     assert t["decode_ms_per_token"] <= mean
 
 
-def test_weights_beyond_memory_are_said_before_they_are_loaded(checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr("llmc.runtime.run.free_memory", lambda: 2**10)
-    assert run(checkpoint, "--input-ids", "1", "--max-output-length", "1") == 0
+def test_weights_beyond_memory_are_refused_before_they_are_loaded_unless_the_user_says_more(
+    checkpoint, capsys, monkeypatch
+):
+    monkeypatch.setattr("llmc.runtime.run.free_memory", lambda: 1 << 16)
+    words = ["--input-ids", "1", "--max-output-length", "1"]
+    assert run(checkpoint, *words) == 1
+    said = capsys.readouterr()
+    assert "KiB (64.0 KiB of memory are free on this host)" in said.err
+    assert "--memory SIZE" in said.err
+    assert said.out == ""
+    assert run(checkpoint, *words, "--memory", "1GiB") == 0
     assert "the weights need 0.0 GiB of memory, and 0.0 GiB are free" in capsys.readouterr().err
     monkeypatch.undo()
-    assert run(checkpoint, "--input-ids", "1", "--max-output-length", "1") == 0
+    assert run(checkpoint, *words) == 0
     assert "GiB" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "needs"),
+    [
+        (["--batch-size", "1000000000"], "1000000000 prompts with their answers are 6000000000 tokens"),
+        (["--batch-size", "9" * 40], "prompts with their answers"),
+        (["--batch-size", "1000000000", "--memory", "100TiB"], "a smaller --batch-size"),
+        (["--num-blocks", "1" + "0" * 20], "--num-blocks "),
+        (["--num-blocks", "1000000000", "--tp", "2"], "each of 2 ranks needs at least"),
+    ],
+)
+def test_sizes_beyond_memory_are_refused_at_once(checkpoint, capsys, monkeypatch, words, needs):
+    """Before a list is as long as the batch, or a rank starts."""
+    monkeypatch.setattr("llmc.runtime.run.free_memory", lambda: 8 << 30)
+    monkeypatch.setattr("llmc.runtime.run.make_engine", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("llmc.runtime.run.start_ranks", lambda *args: pytest.fail("ranks were started"))
+    assert run(checkpoint, "--input-ids", "1,2,3", "--max-output-length", "3", *words) == 1
+    said = capsys.readouterr().err
+    assert needs in said
+    assert "8.00 GiB of memory are free on this host" in said
+
+
+def test_sizes_beyond_what_is_used_change_nothing(checkpoint, capsys):
+    huge = "1" + "0" * 25
+    words = ["--input-ids", "1,5,9", "--ignore-eos", "--json", "--max-input-length", huge]
+    words += ["--max-prefill-tokens", huge, "--max-position-embeddings", huge, "--max-output-length"]
+    assert run(checkpoint, *words, "5") == 0
+    assert json.loads(capsys.readouterr().out)["outputs"][0]["token_ids"] == reference(checkpoint, [1, 5, 9], 5)
+    assert run(checkpoint, *words, huge) == 1
+    assert "max_tokens must be 1 to 2147483647" in capsys.readouterr().out
+    assert (
+        run(checkpoint, "--input-ids", ",".join(["1"] * 60), "--ignore-eos", "--max-output-length", "2147483647") == 0
+    )
+    assert "answers end where a sequence has" in capsys.readouterr().err
+
+
+def test_a_batch_that_does_not_fit_at_once_takes_turns(checkpoint, capsys, monkeypatch):
+    words = ["--input-ids", "1,5,9", "--ignore-eos", "--max-output-length", "3", "--json", "--load-tokenizer", "False"]
+    monkeypatch.setattr("llmc.runtime.run.free_memory", lambda: 3 << 19)
+    assert run(checkpoint, *words, "--batch-size", "24") == 0
+    said = capsys.readouterr()
+    assert "1.50 MiB of memory are free on this host: " in said.err
+    assert "blocks of cache, so that sequences take turns" in said.err
+    assert [o["token_ids"] for o in json.loads(said.out)["outputs"]] == [reference(checkpoint, [1, 5, 9], 3)] * 24
 
 
 def test_a_flag_given_twice_adds_to_its_list(checkpoint, capsys):
