@@ -100,6 +100,13 @@ RUN_FLAGS: tuple[Flag, ...] = (
         OURS,
     ),
     Flag("torch_device", str, None, "where tensors live: cpu, cuda:N or npu:N (default: the device's)", OURS),
+    Flag(
+        "threads",
+        positive,
+        None,
+        "threads a rank computes with on a CPU (default: OMP_NUM_THREADS, else the cores, shared by the ranks)",
+        OURS,
+    ),
     Flag("dtype", str, None, "float16, bfloat16, on host also float32 (default: the checkpoint's)", OURS),
     Flag("is_bf16", None, False, "the same as --dtype bfloat16", SEED),
     Flag("attention", str, None, "paged (default) or flash", OURS),
@@ -179,6 +186,7 @@ RUN_FLAGS: tuple[Flag, ...] = (
     Flag("stream", None, False, "print text as it comes (one prompt)", OURS),
     Flag("json", None, False, "one JSON object on stdout and nothing else", OURS),
     Flag("quiet", None, False, "no progress bar", OURS),
+    Flag("verbose", None, False, "tell on stderr which CPU and threads compute, and which kernels are chosen", OURS),
     # accepted for old command lines
     Flag("use_refactor", true_or_false, None, "accepted and ignored: there is one code path", SEED, bare=True),
     Flag("enable_atb_torch", None, False, "accepted and ignored: there is one code path", PA),

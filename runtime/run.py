@@ -55,6 +55,7 @@ from llmc.runtime.engine.tokenizer import Tokenizer, eos_ids, load_tokenizer
 from llmc.runtime.executor import Executor
 from llmc.runtime.flags import DEFAULT_QUESTION, attention_of, check_run_flags, dtype_of, sampling_of, words_of
 from llmc.runtime.host_memory import free_memory
+from llmc.runtime.machine import cpu_isa, cpu_model
 from llmc.runtime.ranks import Team
 from llmc.runtime.room import Limit, Room, host_limit, make_room, memory_limit, workspace_size
 from llmc.runtime.weights import check_directory, load_weights, progress_bar
@@ -115,6 +116,7 @@ def answer(args: argparse.Namespace, asked: Asked, team: Team | None) -> int:
     """Load, generate, print; the exit code. Of several ranks, rank 0 prints."""
     prompts, ids = replicate(asked.prompts, args.batch_size), replicate(asked.ids, args.batch_size)
     params, talks = asked.params, team is None or team.talks
+    use_cpu(args, team)
     start = time.perf_counter()
     engine = make_engine(args, asked.artifact, asked.tokenizer, ids, params, team)
     engine.warm_up()
@@ -138,6 +140,28 @@ def answer(args: argparse.Namespace, asked: Asked, team: Team | None) -> int:
     else:
         print_answers(prompts, outputs, engine, streamed=streamed)
     return 0
+
+
+def use_cpu(args: argparse.Namespace, team: Team | None) -> None:
+    """How many threads compute, and with --verbose what they run on and which kernels are chosen."""
+    from llmc.runtime.hostatb.choices import CHOICES
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = team.place.local_world_size if team else 1
+    if args.threads:
+        torch.set_num_threads(args.threads)
+        if args.threads * ranks > cores:
+            note(
+                f"--threads {args.threads}: with {ranks} rank{'s' * (ranks > 1)} on {cores} cores, threads wait for one"
+            )
+    if args.verbose:
+        note(f"CPU {cpu_model()} ({' '.join(cpu_isa()) or 'no extension known'}), {threads_used()} on {cores} cores")
+    CHOICES.tell = note if args.verbose else (lambda line: None)
+
+
+def threads_used() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count > 1)}"
 
 
 def check_world_size(args: argparse.Namespace, team: Team | None) -> None:
@@ -603,8 +627,13 @@ def print_answers(prompts: Sequence[Prompt], outputs: Sequence[Output], engine: 
         f"prefill {t['prefill_ms']:.1f} ms ({t['prefill_tokens_per_s']:.1f} tokens/s), "
         f"{decode if t['decode_tokens_per_s'] else 'no decode step'}, "
         f"all {t['total_ms']:.1f} ms ({t['tokens_per_s']:.1f} tokens/s)"
+        f"{f', {threads_used()}' if on_cpu(engine) else ''}"
     )
     print(fold(closing, columns(sys.stdout)))
+
+
+def on_cpu(engine: Engine) -> bool:
+    return next(iter(engine.runner.caches.values())).device.type == "cpu"
 
 
 def report(
@@ -614,6 +643,7 @@ def report(
     return {
         "ok": True,
         **{key: manifest[key] for key in ("model", "device", "dtype", "attention", "world_size")},
+        "threads": torch.get_num_threads() if on_cpu(engine) else None,
         "outputs": [
             {
                 "index": o.index,

@@ -224,6 +224,24 @@ def test_printed_rates_follow_from_the_printed_times(checkpoint, capsys):
     assert t["decode_ms_per_token"] <= mean
 
 
+def test_threads_are_as_asked_and_said(checkpoint, capsys):
+    before, words = torch.get_num_threads(), ["--input-ids", "5,9", "--ignore-eos", "--max-output-length", "2"]
+    try:
+        assert run(checkpoint, *words, "--threads", "1", "--json") == 0
+        assert json.loads(capsys.readouterr().out)["threads"] == 1
+        assert run(checkpoint, *words, "--threads", "2") == 0
+        assert ", 2 threads" in " ".join(capsys.readouterr().out.split())
+        assert run(checkpoint, *words, "--threads", "1000", "--verbose", "--dtype", "bfloat16") == 0
+    finally:
+        torch.set_num_threads(before)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "--threads 1000: with 1 rank on" in said
+    assert "1000 threads on" in said
+    assert "product and residual bfloat16 1x256x256" in said or "only one" in said
+    with pytest.raises(SystemExit):
+        run(checkpoint, *words, "--threads", "0")
+
+
 def test_weights_beyond_memory_are_refused_before_they_are_loaded_unless_the_user_says_more(
     checkpoint, capsys, monkeypatch
 ):
