@@ -224,23 +224,36 @@ def write(compiled: Compiled, target: Path) -> None:
 
 def _refuse_foreign(target: Path) -> None:
     """Nothing that llmc did not write may be lost by replacing a directory."""
-    names: set[str] | None
-    try:
-        names = set(os.listdir(target))  # at once: another writer may be replacing it
-    except FileNotFoundError:
-        return
-    except NotADirectoryError:
-        if not target.exists():  # the file is on the way to it
-            raise
-        names = None
+    for _ in range(ATTEMPTS):
+        try:
+            looked_at = os.stat(target).st_ino
+            names: set[str] | None = set(os.listdir(target))
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            if not target.exists():  # the file is on the way to it
+                raise
+            names = None
+        problem = _foreign(target, names)
+        if problem is None:
+            return
+        with contextlib.suppress(OSError):
+            if os.stat(target).st_ino == looked_at:
+                raise problem
+        # Another writer has put its own there, and what was listed was on its way to be deleted: look again.
+
+
+def _foreign(target: Path, names: set[str] | None) -> UserError | None:
+    """What stands against replacing what is there. `names`: of a directory's files; None: it is none."""
     if names is None or (names and MANIFEST not in names):
-        raise UserError(f"{target} exists and is not an artifact", hint="choose another --output", code="E501")
+        return UserError(f"{target} exists and is not an artifact", hint="choose another --output", code="E501")
     if foreign := sorted(names - {MANIFEST, "__pycache__", *(f"{phase}.py" for phase in PHASES)}):
-        raise UserError(
+        return UserError(
             f"{target} holds files that are not of an artifact: {', '.join(foreign[:5])}",
             hint="choose another --output, or move them away",
             code="E501",
         )
+    return None
 
 
 def _put(new: Path, target: Path, scratch: Path) -> None:
