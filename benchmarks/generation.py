@@ -34,6 +34,7 @@ from llmc.runtime.engine.sampling import Sampler, SamplingParams
 from llmc.runtime.engine.scheduler import Scheduler
 from llmc.runtime.engine.sequence import Sequence
 from llmc.runtime.executor import Executor
+from llmc.runtime.hostatb.pages import settle
 from llmc.runtime.machine import cpu_isa, cpu_model
 from llmc.runtime.weights import load_weights
 
@@ -212,6 +213,7 @@ def measured(args: argparse.Namespace) -> dict[str, dict[str, Times]]:
                 value = run(engine)
                 if number and value is not None:
                     found[case][engine.name].append(value)
+        settle()  # as `llmc run` does after its first steps
     return {
         case: {
             name: (statistics.median(wall for wall, _ in values), statistics.median(cpu for _, cpu in values))

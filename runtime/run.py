@@ -55,6 +55,7 @@ from llmc.runtime.engine.tokenizer import Tokenizer, eos_ids, load_tokenizer
 from llmc.runtime.executor import Executor
 from llmc.runtime.flags import DEFAULT_QUESTION, attention_of, check_run_flags, dtype_of, sampling_of, words_of
 from llmc.runtime.host_memory import free_memory
+from llmc.runtime.hostatb.pages import settle
 from llmc.runtime.machine import cpu_isa, cpu_model
 from llmc.runtime.ranks import Team
 from llmc.runtime.room import Limit, Room, host_limit, make_room, memory_limit, workspace_size
@@ -120,6 +121,7 @@ def answer(args: argparse.Namespace, asked: Asked, team: Team | None) -> int:
     start = time.perf_counter()
     engine = make_engine(args, asked.artifact, asked.tokenizer, ids, params, team)
     engine.warm_up()
+    settle()
     loading = time.perf_counter() - start
     streamed = streams(args, ids, asked.tokenizer) and talks
     callback = (lambda i, text: print(generated(text, sys.stdout), end="", flush=True)) if streamed else None

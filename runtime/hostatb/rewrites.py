@@ -34,6 +34,7 @@ from llmc.runtime.hostatb.masks import is_tile, is_triangle, mask_factor
 from llmc.runtime.hostatb.numeric import TORCH_DTYPE
 from llmc.runtime.hostatb.operation import Single
 from llmc.runtime.hostatb.paged_attention import checked_tables
+from llmc.runtime.hostatb.pages import remember
 from llmc.runtime.hostatb.step import Code, Derived, Step
 from llmc.runtime.hostatb.straight import alone
 
@@ -144,7 +145,9 @@ def packed(weight: Tensor) -> Tensor | None:
     free = free_memory()
     if free is not None and free < RESERVE_BYTES + 2 * weight.nbytes:
         return None
-    return torch.ops.mkldnn._reorder_linear_weight(weight)
+    copy = torch.ops.mkldnn._reorder_linear_weight(weight)
+    remember(torch.ops.mkldnn.data_ptr(copy), torch.ops.mkldnn._nbytes(copy))
+    return copy
 
 
 def packed_halves(weight: Tensor) -> tuple[Tensor, Tensor] | None:
