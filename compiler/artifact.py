@@ -224,7 +224,7 @@ def write(compiled: Compiled, target: Path) -> None:
 
 def _refuse_foreign(target: Path) -> None:
     """Nothing that llmc did not write may be lost by replacing a directory."""
-    for _ in range(ATTEMPTS):
+    for attempt in range(ATTEMPTS):
         try:
             looked_at = os.stat(target).st_ino
             names: set[str] | None = set(os.listdir(target))
@@ -237,10 +237,10 @@ def _refuse_foreign(target: Path) -> None:
         problem = _foreign(target, names)
         if problem is None:
             return
+        # If another writer has put its own there, what was listed was on its way to be deleted: look again.
         with contextlib.suppress(OSError):
-            if os.stat(target).st_ino == looked_at:
+            if os.stat(target).st_ino == looked_at or attempt == ATTEMPTS - 1:
                 raise problem
-        # Another writer has put its own there, and what was listed was on its way to be deleted: look again.
 
 
 def _foreign(target: Path, names: set[str] | None) -> UserError | None:
