@@ -93,7 +93,7 @@ class Group:
     @property
     def form(self) -> tuple:
         """Equal for groups that are the same but for their index: what they do, and what they read of whom."""
-        reads = (_rest(name) if back else name for name, back in zip(self.reads, self.back, strict=True))
+        reads = (rest_of(name) if back else name for name, back in zip(self.reads, self.back, strict=True))
         return self.layer, self.back, tuple(reads)
 
     def name(self, rest: str) -> str:
@@ -189,13 +189,13 @@ def resolved(groups: Sequence[Group], at: int) -> Group:
     """The group with the names that its makers have in this sequence; what stands before it keeps its name."""
     group = groups[at]
     reads = tuple(
-        groups[at - back].name(_rest(name)) if 0 < back <= at else name
+        groups[at - back].name(rest_of(name)) if 0 < back <= at else name
         for name, back in zip(group.reads, group.back, strict=True)
     )
     return group if reads == group.reads else replace(group, reads=reads)
 
 
-def _rest(name: str) -> str:
+def rest_of(name: str) -> str:
     """What a layer's name says behind the layer."""
     return name.split(".", 2)[2]
 

@@ -18,8 +18,9 @@ from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.atb.core import ENUMS, AtbOp, Field
 from llmc.compiler.diagnostics import portable
 from llmc.compiler.emit.python import Call, quote, statement
-from llmc.compiler.ir import AtbNode, Shape, show_shape
+from llmc.compiler.ir import LAYER, AtbNode, Shape, show_shape
 from llmc.compiler.layers import Group, Layer
+from llmc.compiler.passes.names import Place
 from llmc.compiler.passes.segment import Segment
 
 # Parameters that are arguments of `build`: the same code serves every rank and every group of that size.
@@ -80,9 +81,9 @@ def takes_ranks(op: AtbOp) -> bool:
     return {f.name for f in op.fields} >= set(BUILD_ARGUMENTS)
 
 
-def in_ranks(layer: Layer) -> bool:
-    """Whether the layer's operations take the communicator."""
-    return any(takes_ranks(ATB[node.op]) for node in layer.nodes)
+def ranks_of(nodes: Iterable[AtbNode]) -> list[str]:
+    """The argument of a function with these operations: the communicator, where any of them takes it."""
+    return ["ranks"] if any(takes_ranks(ATB[node.op]) for node in nodes) else []
 
 
 @dataclass(kw_only=True)
@@ -101,11 +102,8 @@ class Scope:
             return self.args[name]
         if not rest:
             return text(name)
-        place = self.part.names.get(layer, {}).get(rest, rest)
-        first = layer.prefix + place.removeprefix("*").partition("#")[0]
-        if first in self.args:
-            return self.args[first]
-        return text(f"{layer.block}.*.{place[1:]}" if place.startswith("*") else self.own + place)
+        place = self.part.names.get(layer, {}).get(rest, Place(value=rest))
+        return self.args.get(layer.prefix + place.value) or text(place.name(layer.block, self.own))
 
     def view(self, name: str, view: str) -> str:
         """Expression for the name of a view: no other layer makes one of that name."""
@@ -154,10 +152,11 @@ class _Module:
         built = [self.segment(names[shape], parts) for shape, parts in shapes.items()]
         instances = []
         for number, part in enumerate(self.segments):
+            shape = _shape(part)
             args = ["atb", quote(graph_name(model, part.phase, number)), *self.ranks(part)]
-            if len(shapes[_shape(part)]) > 1:
+            if len(shapes[shape]) > 1:
                 args.append(str(part.groups[0].index))
-            instances += statement(Call(name=names[_shape(part)], args=args), 8, end=",")
+            instances += statement(Call(name=names[shape], args=args), 8, end=",")
         return Rows(
             views=list(self.views.values()),
             functions=[*self.inputs.values(), *self.tails.values(), *self.functions.values(), *built],
@@ -167,7 +166,7 @@ class _Module:
 
     @staticmethod
     def ranks(part: Segment) -> list[str]:
-        return ["ranks"] if any(in_ranks(group.layer) for group in part.groups) else []
+        return ranks_of(node for group in part.groups for node in group.layer.nodes)
 
     # ---- segments
 
@@ -184,7 +183,7 @@ class _Module:
 
         def actual(name: str) -> str:
             """The name of another layer's value, by the first layer of the segment where that is an argument."""
-            match = re.fullmatch(r"([^.]+)\.(\d+)\.(.+)", name)
+            match = LAYER.fullmatch(name)
             is_layer = match and shared and match[1] == part.groups[0].layer.block
             return text(f"{match[1]}.{index(int(match[2]), True)}.{match[3]}") if match and is_layer else text(name)
 
@@ -219,7 +218,7 @@ class _Module:
             yield from self.operations(Scope(part=part, group=group, own="", args=given), layer.nodes, self.outside)
             return
         function = self.function(part, layer).name
-        more = ["ranks"] if in_ranks(layer) else []
+        more = ranks_of(layer.nodes)
         if len(run.groups) == 1:
             args = ["atb", "graph", index(group.index), *map(actual, group.reads), *more]
             yield from statement(Call(name=function, args=args), 4)
@@ -246,11 +245,11 @@ class _Module:
             lines += self.operations(scope, layer.nodes[:start] if function else layer.nodes)
             if function:
                 reads = [scope.name(name) for name in _outer(layer, start)]
-                more = ["ranks"] if "ranks" in function.arguments else []
-                lines += statement(Call(name=function.name, args=["atb", "graph", "layer", *reads, *more]), 4)
+                args_of_call = ["atb", "graph", "layer", *reads, *ranks_of(layer.nodes[start:])]
+                lines += statement(Call(name=function.name, args=args_of_call), 4)
             self.functions[layer] = Function(
                 name=f"{layer.block}_{layer.like}",
-                arguments=", ".join(["atb", "graph", "i", *args.values(), *(["ranks"] if in_ranks(layer) else [])]),
+                arguments=", ".join(["atb", "graph", "i", *args.values(), *ranks_of(layer.nodes)]),
                 doc=_told(self.groups[layer]),
                 lines=lines,
             )
@@ -277,10 +276,9 @@ class _Module:
 
         name = f"{layer.block}_common"
         if name not in self.tails:
-            ranks = any(takes_ranks(ATB[node.op]) for node in base.nodes[-count:])
             self.tails[name] = Function(
                 name=name,
-                arguments=", ".join(["atb", "graph", "layer", *args.values(), *(["ranks"] if ranks else [])]),
+                arguments=", ".join(["atb", "graph", "layer", *args.values(), *ranks_of(base.nodes[-count:])]),
                 doc="What the functions of layers below have in common.",
                 lines=lines(base),
             )
@@ -291,10 +289,10 @@ class _Module:
         """A comment for each name under which several values lie, one after the other."""
         places: dict[str, list[str]] = {}
         for value, place in scope.part.names.get(scope.group.layer, {}).items():
-            places.setdefault(place.removeprefix("*"), []).append(value)
-        for place, values in places.items():
-            if others := [value for value in values if value != place]:
-                yield f"    # {place} is also the place of {', '.join(others)}"
+            places.setdefault(place.value, []).append(value)
+        for first, values in places.items():
+            if others := [value for value in values if value != first]:
+                yield f"    # {first} is also the place of {', '.join(others)}"
 
     def given(self, layer: Layer) -> str:
         """The name of the function that lists the weights and caches of a layer."""
@@ -323,7 +321,7 @@ def _arguments_of(names: Sequence[str], said: Sequence[str]) -> dict[str, str]:
     known = {"atb", "graph", "i", "layer", "ranks"}
     args: dict[str, str] = {}
     for name, read in zip(names, said, strict=True):
-        word = re.sub(r"\W", "_", re.sub(r"^[^.]+\.\d+\.", "", read))
+        word = re.sub(r"\W", "_", LAYER.sub(r"\3", read))
         while word in known or iskeyword(word) or not word.isidentifier():
             word = f"_{word}"
         known.add(word)

@@ -17,16 +17,32 @@ from functools import reduce
 from itertools import combinations
 
 from llmc.compiler.atb.core import DTYPE_BYTES, GRAPH_LIMITS
-from llmc.compiler.layers import Group, Layer
-
-Names = Mapping[Layer, Mapping[str, str]]  # of a layer: what stands behind the layer in a value's name -> name, or "*"
-
+from llmc.compiler.layers import Group, Layer, rest_of
 
 MANY = 64  # values of a layer for which every pair is looked at
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Place:
+class Place:
+    """Where a value lies: under the name of the first value there. `shared`: all layers have it in common; `number`
+    tells apart those whose tensors differ from layer to layer."""
+
+    value: str
+    shared: bool = False
+    number: int = 0
+
+    def name(self, block: str, own: str) -> str:
+        """In a graph; `own`: what stands in front of the names of one layer."""
+        if not self.shared:
+            return own + self.value
+        return f"{block}.*.{self.value}{f'#{self.number}' if self.number else ''}"
+
+
+Names = Mapping[Layer, Mapping[str, Place]]  # of a layer: what stands behind the layer in a value's name -> its place
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Values:
     """Values of one size that share a name. `live` and `held` have a bit for each node of the layer: where one of the
     values is needed, and where the name has its place, from the first of these nodes to the last."""
 
@@ -39,7 +55,7 @@ class _Place:
     def held(self) -> int:
         return (1 << self.live.bit_length()) - (self.live & -self.live)
 
-    def with_other(self, other: _Place) -> _Place:
+    def with_other(self, other: _Values) -> _Values:
         first, second = sorted((self, other), key=lambda place: place.live & -place.live)
         return replace(first, values=first.values + second.values, live=first.live | second.live)
 
@@ -48,8 +64,8 @@ class _Place:
 class _Plan:
     """The places of one layer's values, the names that all layers share, and the bytes held at each node."""
 
-    places: list[_Place]
-    shared: list[_Place] = field(default_factory=list)
+    places: list[_Values]
+    shared: list[_Values] = field(default_factory=list)
     bytes_at: list[int]
 
     def count(self, layers: int) -> int:
@@ -65,7 +81,7 @@ class _Plan:
     def give_up_one(self) -> bool:
         """One name less in every layer; False where there is none left."""
         everywhere = (1 << len(self.bytes_at)) - 1
-        ways: list[tuple[tuple[int, int], int, tuple[_Place, ...], int]] = []
+        ways: list[tuple[tuple[int, int], int, tuple[_Values, ...], int]] = []
         for a, b in combinations(self.places, 2):
             if a.kind == b.kind and not a.live & b.live:
                 idle = a.with_other(b).held & ~(a.held | b.held)
@@ -85,7 +101,7 @@ class _Plan:
 
     def fewest(self) -> None:
         """One place after the other is filled with what comes next: as few names as can be, in one go."""
-        places: list[_Place] = []
+        places: list[_Values] = []
         for place in sorted(self.places, key=lambda place: place.live & -place.live):
             free = (at for at, other in enumerate(places) if other.kind == place.kind and not other.live & place.live)
             if (at := next(free, -1)) < 0:
@@ -101,7 +117,7 @@ class _Plan:
         partner = {its.own(theirs): mine.own(ours) for a, b in zip(its.nodes, mine.nodes, strict=True)
                    for theirs, ours in zip(a.outs, b.outs, strict=False)}  # fmt: skip
         single = {place.values[0]: place for place in self.places}
-        found: list[list[_Place]] = []
+        found: list[list[_Values]] = []
         for places in (other.places, other.shared):
             found.append([])
             for place in places:
@@ -110,19 +126,19 @@ class _Plan:
                     a.live & b.live for a, b in combinations(parts, 2)
                 ):
                     return None
-                found[-1] += [reduce(_Place.with_other, parts)] if parts else []
+                found[-1] += [reduce(_Values.with_other, parts)] if parts else []
         return _Plan(places=[*found[0], *single.values()], shared=found[1], bytes_at=self.bytes_at)
 
-    def names(self, taken: dict[str, list[tuple]]) -> Iterator[tuple[str, str]]:
-        """Value -> the first value of its place, with a star in front where all layers share it."""
-        for place in self.places:
-            yield from ((value, place.values[0]) for value in place.values)
-        for place in self.shared:
-            kinds = taken.setdefault(place.values[0], [])
-            if place.kind not in kinds:
-                kinds.append(place.kind)
-            number = f"#{kinds.index(place.kind)}" if kinds.index(place.kind) else ""
-            yield from ((value, f"*{place.values[0]}{number}") for value in place.values)
+    def names(self, taken: dict[str, list[tuple]]) -> Iterator[tuple[str, Place]]:
+        """Value -> its place. `taken`: first value of a shared place -> the kinds of tensors in places of that name."""
+        for values in self.places:
+            yield from ((value, Place(value=values.values[0])) for value in values.values)
+        for values in self.shared:
+            kinds = taken.setdefault(values.values[0], [])
+            if values.kind not in kinds:
+                kinds.append(values.kind)
+            place = Place(value=values.values[0], shared=True, number=kinds.index(values.kind))
+            yield from ((value, place) for value in values.values)
 
 
 def name_intermediates(groups: Sequence[Group], outputs: Collection[str], layers_per_segment: int) -> Names:
@@ -137,14 +153,13 @@ def name_intermediates(groups: Sequence[Group], outputs: Collection[str], layers
         plan = _plan(layer, leaving[layer])
         # A layer that differs from most in little (the first one) is named like them: they share code.
         plan = next((same for like, other in plans.items() if (same := plan.like(other, layer, like))), plan)
-        room = GRAPH_LIMITS["internals"] - outside
-        room -= together * len(leaving[layer])
+        room = GRAPH_LIMITS["internals"] - outside - together * len(leaving[layer])
         if plan.count(together) > room and len(plan.places) > MANY:
             plan.fewest()
         while plan.count(together) > room and len(plan.places) <= MANY and plan.give_up_one():
             pass
         plans[layer] = plan
-    taken: dict[str, list[tuple]] = {}  # name of all layers -> the kinds of tensors that have it
+    taken: dict[str, list[tuple]] = {}
     return {layer: dict(plan.names(taken)) for layer, plan in plans.items()}
 
 
@@ -155,7 +170,7 @@ def leaving_values(groups: Sequence[Group], outputs: Collection[str]) -> dict[La
         for name, back in zip(group.reads, group.back, strict=True):
             if back:
                 maker = groups[at - back]
-                leaving[maker.layer].add(name[len(maker.label) + 1 :])
+                leaving[maker.layer].add(rest_of(name))
         leaving[group.layer].update(group.layer.own(n) for n in group.layer.made if group.actual(n) in outputs)
     return leaving
 
@@ -173,5 +188,5 @@ def _plan(layer: Layer, leaving: Collection[str]) -> _Plan:
             bytes_at[at] += size
         if not given and not leaves:
             live = (1 << last + 1) - (1 << first)
-            places.append(_Place(values=(rest,), live=live, size=size, kind=tensor.form))
+            places.append(_Values(values=(rest,), live=live, size=size, kind=tensor.form))
     return _Plan(places=places, bytes_at=bytes_at)

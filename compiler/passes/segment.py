@@ -51,18 +51,17 @@ class Segment:
     def _own_places(self, layer: Layer) -> set[str]:
         """Names for the values of one group, those that it shares with no other."""
         places = self.names.get(layer, {})
-        return {place for name in layer.made if not (place := places.get(layer.own(name), name)).startswith("*")}
+        found = {name: places.get(layer.own(name)) for name in layer.made}
+        return {place.value if place else name for name, place in found.items() if not (place and place.shared)}
 
     def _shared_places(self, layer: Layer) -> set[str]:
-        return {f"{layer.block}{place}" for place in self.names.get(layer, {}).values() if place.startswith("*")}
+        return {place.name(layer.block, "") for place in self.names.get(layer, {}).values() if place.shared}
 
     def stored(self, group: Group, name: str) -> str:
         """The graph's name for a value of the group's layer: the model's, or that of the place which it shares."""
         layer = group.layer
         place = self.names.get(layer, {}).get(layer.own(name))
-        if place is None:
-            return group.actual(name)
-        return f"{layer.block}.*.{place[1:]}" if place.startswith("*") else group.name(place)
+        return place.name(layer.block, group.name("")) if place else group.actual(name)
 
     @cached_property
     def graph(self) -> AtbGraph:

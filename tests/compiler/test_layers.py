@@ -17,6 +17,7 @@ from llmc.compiler.cli import main
 from llmc.compiler.diagnostics import DiagnosticError
 from llmc.compiler.ir import AtbGraph
 from llmc.compiler.options import Options
+from llmc.compiler.passes.names import Place
 from llmc.compiler.pipeline import compile_model
 from llmc.compiler.reports import show
 from llmc.compiler.verify import verify_atb, verify_graph, verify_segments
@@ -170,7 +171,8 @@ def test_a_fault_in_an_atb_graph_is_found_in_its_layer(whole):
 def test_a_place_that_is_overwritten_too_early_is_found(whole):
     part, *_ = whole.segments["decode"]
     layer = part.groups[-1].layer
-    names = {**part.names, layer: {**part.names[layer], "mlp.gated": "mlp.gate_up", "mlp.gate_up": "mlp.gate_up"}}
+    one = Place(value="mlp.gate_up")
+    names = {**part.names, layer: {**part.names[layer], "mlp.gated": one, "mlp.gate_up": one}}
     with pytest.raises(DiagnosticError, match=r"where '.*' lies|holds another value"):
         verify_segments([replace(part, names=names)], "Ascend910B")
 

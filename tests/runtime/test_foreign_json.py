@@ -29,22 +29,17 @@ def checkpoint(tmp_path_factory, save_words_model) -> Path:
     return path
 
 
+def run(folder: Path) -> int:
+    words = ["--graph", str(folder / "mine.yaml"), "--input-text", "w1", "--dtype", "float32"]
+    return main(["run", "--model-path", str(folder), *words, "--max-output-length", "1"])
+
+
 @pytest.mark.parametrize("kind", TEXTS)
 @pytest.mark.parametrize("name", FILES)
 def test_a_strange_file_is_named_in_one_short_message(name, kind, checkpoint, tmp_path, capsys):
     folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
     (folder / name).write_text(TEXTS[kind])
-    words = [
-        "--graph",
-        str(folder / "mine.yaml"),
-        "--input-text",
-        "w1",
-        "--dtype",
-        "float32",
-        "--max-output-length",
-        "1",
-    ]
-    assert main(["run", "--model-path", str(folder), *words]) == 1
+    assert run(folder) == 1
     said = capsys.readouterr().err
     assert name in said
     assert "Traceback" not in said
@@ -66,14 +61,4 @@ def test_no_limit_as_tokenizers_say_it_is_a_number(checkpoint, tmp_path, capsys)
     config = folder / "tokenizer_config.json"
     known = json.loads(config.read_text()) if config.exists() else {}
     config.write_text(json.dumps({**known, "model_max_length": int(1e30), "x": float("inf")}))
-    words = [
-        "--graph",
-        str(folder / "mine.yaml"),
-        "--input-text",
-        "w1",
-        "--dtype",
-        "float32",
-        "--max-output-length",
-        "1",
-    ]
-    assert main(["run", "--model-path", str(folder), *words]) == 0
+    assert run(folder) == 0
