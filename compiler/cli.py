@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -252,11 +253,11 @@ def env_flags(p: argparse.ArgumentParser) -> None:
 
 
 def run_flags(p: argparse.ArgumentParser) -> None:
-    from llmc.runtime.flags import add_run_flags
+    from llmc.runtime.flags import RUN_FLAGS, add_flags
 
     p.usage = "llmc run --model-path DIR [--input-text TEXT ...] [flags; -h lists them]"
     p.epilog = "Flags may also be written with _, as in --max_output_length."
-    add_run_flags(p)
+    add_flags(p, RUN_FLAGS)
 
 
 def demo_flags(p: argparse.ArgumentParser) -> None:
@@ -437,13 +438,16 @@ def schema_command(args: argparse.Namespace) -> int:
 
 
 def run_command(args: argparse.Namespace) -> int:
+    return _on_ranks(args, "llmc.runtime.run")
+
+
+def _on_ranks(args: argparse.Namespace, module: str) -> int:
+    """`run(args, team)` of this module, alone or as one rank of those that torchrun (or `llmc --tp N`) has started."""
     _keep_backends_out()
     from llmc.runtime import ranks
 
     def work(team: ranks.Team | None) -> int:
-        from llmc.runtime.run import run
-
-        return run(args, team)
+        return import_module(module).run(args, team)
 
     place = ranks.find_place()
     return ranks.join(place, work, lambda error: report(error, args.json)) if place else work(None)

@@ -61,11 +61,11 @@ def demo(args: argparse.Namespace) -> int:
         print(fold(line, columns(sys.stderr)), file=sys.stderr)
 
     weights = demo_weights(args.cache_dir, log=say)
-    from llmc.runtime.flags import add_run_flags
+    from llmc.runtime.flags import RUN_FLAGS, add_flags
     from llmc.runtime.run import run
 
     parser = argparse.ArgumentParser()
-    add_run_flags(parser)
+    add_flags(parser, RUN_FLAGS)
     # With "=" a question may start with a dash.
     flags = ["--model-path", str(weights), f"--input-text={args.question}", "--chat", "--stream"]
     if args.json:

@@ -1,8 +1,8 @@
-"""The flags of `llmc run`: one table, both spellings, no torch.
+"""The flags of `llmc run`, and of all commands that run a checkpoint: a table, both spellings, no torch.
 
 Enters an argparse parser; leaves it with the flags of the original `run_fa.py` and `run_pa.py`, and some of ours.
 
-    add_run_flags(parser)
+    add_flags(parser, RUN_FLAGS)
     parser.parse_args(["--model_path", "w", "--max-output-length", "64"]).max_output_length      # 64
 
 A flag that this program cannot honour is accepted with its neutral value; other values are refused with a reason.
@@ -11,7 +11,7 @@ A flag that this program cannot honour is accepted with its neutral value; other
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +79,7 @@ class Flag:
 
 SEED, PA, FA, OURS = "seed 1.4", "run_pa", "run_fa", "llmc"  # mindie-stack reference sections 1.4, 2.1, 2.2/2.3
 PARALLEL = ("dp", "pp", "sp", "cp", "moe_tp", "moe_ep", "microbatch_size")
-RUN_FLAGS: tuple[Flag, ...] = (
-    # model
+MODEL_FLAGS: tuple[Flag, ...] = (
     Flag("model_path", str, None, "checkpoint directory: config.json, safetensors, tokenizer", SEED),
     Flag("graph", str, None, "YAML of the variant, or its name (default: found from config.json)", OURS),
     Flag(
@@ -138,7 +137,8 @@ RUN_FLAGS: tuple[Flag, ...] = (
     Flag("backend", str, None, "of collectives between NPUs: lccl or hccl (default: what the board has)", OURS),
     Flag("allow_unsupported", None, False, "compile also what the model's `support:` does not offer", OURS),
     Flag("allow_extends", str, None, "directories that the graph's `extends:` may read too", OURS, many=True),
-    # input
+)
+INPUT_FLAGS: tuple[Flag, ...] = (
     Flag(
         "input_text",
         utf8,
@@ -157,7 +157,8 @@ RUN_FLAGS: tuple[Flag, ...] = (
         "max_input_length", positive, None, "longer prompts are cut to their first tokens (default: none is cut)", SEED
     ),
     Flag("max_output_length", positive, 20, "most tokens to generate", SEED),
-    # batch and cache
+)
+ROOM_FLAGS: tuple[Flag, ...] = (  # batch and cache
     Flag(
         "batch_size",
         positive,
@@ -171,7 +172,8 @@ RUN_FLAGS: tuple[Flag, ...] = (
     Flag("block_size", positive, BLOCK_SIZE, f"tokens in a block of the paged cache; always {BLOCK_SIZE}", PA),
     Flag("num_blocks", positive, None, "blocks of the paged cache (default: enough for the batch)", OURS),
     Flag("memory", str, None, "of one rank, as 32GiB or 29GB: the cache gets what is left (or MAX_MEMORY_GB)", OURS),
-    # sampling
+)
+SAMPLING_FLAGS: tuple[Flag, ...] = (
     Flag("temperature", float, None, "above 0; 0 is greedy (default 1.0)", PA),
     Flag("top_k", int, None, "1 is greedy, 0 or -1 off (default: 1, or 0 when other sampling flags ask to sample)", PA),
     Flag("top_p", float, None, "within 0 and 1; 0 and 1 are off (default 0.0)", PA),
@@ -182,11 +184,19 @@ RUN_FLAGS: tuple[Flag, ...] = (
     Flag("frequency_penalty", float, 0.0, "-2 to 2", PA),
     Flag("stop", utf8, None, "strings that end an answer; they are not printed", OURS, many=True),
     Flag("ignore_eos", None, False, "always generate max_output_length tokens", PA),
-    # output
-    Flag("stream", None, False, "print text as it comes (one prompt)", OURS),
+)
+OUTPUT_FLAGS: tuple[Flag, ...] = (
     Flag("json", None, False, "one JSON object on stdout and nothing else", OURS),
     Flag("quiet", None, False, "no progress bar", OURS),
     Flag("verbose", None, False, "tell on stderr which CPU and threads compute, and which kernels are chosen", OURS),
+)
+RUN_FLAGS: tuple[Flag, ...] = (
+    *MODEL_FLAGS,
+    *INPUT_FLAGS,
+    *ROOM_FLAGS,
+    *SAMPLING_FLAGS,
+    Flag("stream", None, False, "print text as it comes (one prompt)", OURS),
+    *OUTPUT_FLAGS,
     # accepted for old command lines
     Flag("use_refactor", true_or_false, None, "accepted and ignored: there is one code path", SEED, bare=True),
     Flag("enable_atb_torch", None, False, "accepted and ignored: there is one code path", PA),
@@ -232,8 +242,8 @@ def spellings(name: str) -> list[str]:
     return list(dict.fromkeys(["--" + name.replace("_", "-"), "--" + name]))
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    for flag in RUN_FLAGS:
+def add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
+    for flag in flags:
         words = [word for name in (flag.name, *flag.aliases) for word in spellings(name)]
         about = flag.help.replace("%", "%%")
         if flag.type is None:
@@ -249,10 +259,10 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def words_of(args: argparse.Namespace) -> list[str]:
+def words_of(args: argparse.Namespace, flags: Iterable[Flag]) -> list[str]:
     """The command line that gives these values: what the ranks are started with."""
     words = []
-    for flag in RUN_FLAGS:
+    for flag in flags:
         value, name = getattr(args, flag.name), spellings(flag.name)[0]
         if value == flag.default or value is None:
             continue
@@ -270,24 +280,34 @@ def check_run_flags(args: argparse.Namespace) -> None:
         for name, (values, reason) in NEUTRAL.items()
         if getattr(args, name) not in values
     ]
-    if not args.model_path:
-        problems.append("--model-path is needed: the checkpoint directory")
     given = [name for name in ("input_text", "input_ids", "input_file") if getattr(args, name) is not None]
     if len(given) > 1:
         problems.append(f"{' and '.join(spellings(n)[0] for n in given)} cannot be used together")
     if args.stop and not args.load_tokenizer:
         problems.append("--stop compares text, which --load-tokenizer False does without")
+    refuse("run", args, problems)
+
+
+def refuse(command: str, args: argparse.Namespace, problems: Iterable[str] = ()) -> None:
+    """What is wrong with the flags of a model, and other problems of the command's flags: all at once."""
+    problems = [*model_problems(args), *problems]
+    if problems:
+        # Without a checkpoint the command itself is incomplete: wrong usage, code 2.
+        code = "" if args.model_path else "E601"
+        raise UserError("\n".join([f"llmc {command} cannot do this:", *(f"  {p}" for p in problems)]), code=code)
+
+
+def model_problems(args: argparse.Namespace) -> Iterator[str]:
+    """Of MODEL_FLAGS: what is missing, and what contradicts another."""
+    if not args.model_path:
+        yield "--model-path is needed: the checkpoint directory"
     if args.graph is not None and args.artifact is not None:
-        problems.append("--graph and --artifact cannot be used together: an artifact is compiled already")
+        yield "--graph and --artifact cannot be used together: an artifact is compiled already"
     for chosen in (dtype_of, attention_of):
         try:
             chosen(args)
         except UserError as error:
-            problems.append(error.message)
-    if problems:
-        # Without a checkpoint the command itself is incomplete: wrong usage, code 2.
-        code = "" if args.model_path else "E601"
-        raise UserError("\n".join(["llmc run cannot do this:", *(f"  {p}" for p in problems)]), code=code)
+            yield error.message
 
 
 def dtype_of(args: argparse.Namespace) -> str | None:

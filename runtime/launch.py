@@ -1,10 +1,10 @@
-"""Start the ranks of `llmc run --tp N` on this host, with the agent of torchrun in this process.
+"""Start the ranks of `llmc run --tp N` (or another command) on this host, with the agent of torchrun in this process.
 
 Enters the command line of one rank; leaves an exit code. Ranks are `python -m llmc.run`, each in a session of its own.
 What torchrun would do is done, but a rank that does not end when it is told to is killed after a moment, not after half
 a minute, and the table of failures is one sentence.
 
-    code = launch(["--model-path", "w", "--artifact", "build/x"], world_size=2)
+    code = launch(["run", "--model-path", "w", "--artifact", "build/x"], world_size=2)
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ SAID = (1, 2)  # exit codes of a rank that has told why: an error, or wrong usag
 
 
 def launch(words: Sequence[str], *, world_size: int) -> int:
-    """Run `world_size` ranks with these flags until all have ended; their exit code. UserError for a rank that died
-    without a word, KeyboardInterrupt when the user interrupts them."""
+    """Run `world_size` ranks with this command and its flags until all have ended; their exit code. UserError for a
+    rank that died without a word, KeyboardInterrupt when the user interrupts them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     settings = {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // world_size))),

@@ -1,4 +1,6 @@
-"""`python -m llmc.run`, for torchrun: `torchrun --nproc-per-node 2 -m llmc.run --model-path DIR ...` is `llmc run`."""
+"""`python -m llmc.run`, for torchrun: `torchrun --nproc-per-node 2 -m llmc.run --model-path DIR ...` is `llmc run`.
+
+Another command that runs on ranks is named: `torchrun ... -m llmc.run eval --model-path DIR ...`."""
 
 import sys
 
@@ -6,7 +8,8 @@ import sys
 if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
     sys.path.pop(0)
 
-from llmc.compiler.cli import main
+from llmc.compiler.cli import COMMANDS, main
 
 if __name__ == "__main__":
-    sys.exit(main(["run", *sys.argv[1:]]))
+    words = sys.argv[1:]
+    sys.exit(main(words if words and words[0] in COMMANDS else ["run", *words]))

@@ -77,7 +77,7 @@ def place(tmp_path_factory):
     import torch
     from transformers import AutoConfig, LlamaForCausalLM
 
-    from llmc.runtime import run as run_module
+    from llmc.runtime import session
     from llmc.runtime.demo import demo_weights
 
     folder = tmp_path_factory.mktemp("docs")
@@ -92,14 +92,14 @@ def place(tmp_path_factory):
     shutil.copy(folder / "WEIGHTS" / "config.json", folder / "BIN_WEIGHTS")
     torch.save({"model.norm.weight": torch.ones(64)}, folder / "BIN_WEIGHTS" / "pytorch_model.bin")
     # The catalogue has no model so small; `llmc run` finds this one in its place, here and in other processes.
-    find = run_module.choose_variant
+    find = session.choose_variant
     found = "lambda config, path: 'graphs/mine.yaml' if config['hidden_size'] == 64 else find(config, path)"
     (folder / "sitecustomize.py").write_text(
         "from llmc.compiler.language import checkpoint\n"
         f"find = checkpoint.choose_variant\ncheckpoint.choose_variant = {found}\n"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "choose_variant", eval(found, {"find": find}))
+        patch.setattr(session, "choose_variant", eval(found, {"find": find}))
         patch.chdir(folder)
         patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
         assert run("llmc init --model-path WEIGHTS --name mine > graphs/mine.yaml")[0] == 0

@@ -124,9 +124,9 @@ def weights(tmp_path_factory, save_words_model):
 @pytest.mark.transformers
 @pytest.mark.parametrize("words", RUNS.values(), ids=RUNS)
 def test_what_computes_says_ok(words, weights, capsys, monkeypatch):
-    from llmc.runtime import run
+    from llmc.runtime import session
 
-    monkeypatch.setattr(run, "choose_variant", lambda *_: str(weights / "mine.yaml"))  # no packaged model is so small
+    monkeypatch.setattr(session, "choose_variant", lambda *_: str(weights / "mine.yaml"))
     code, facts = said(capsys, [*words.replace("{}", str(weights)).split(), "--json"])
     assert (code, facts["ok"]) == (0, True)
 

@@ -11,7 +11,7 @@ import pytest
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.flags import (
     RUN_FLAGS,
-    add_run_flags,
+    add_flags,
     attention_of,
     check_run_flags,
     dtype_of,
@@ -54,7 +54,7 @@ OLD = {
 
 def parse(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_run_flags(parser)
+    add_flags(parser, RUN_FLAGS)
     return parser.parse_args(list(words))
 
 
@@ -160,7 +160,7 @@ def test_all_refusals_come_together():
 )
 def test_ranks_are_started_with_the_flags_that_were_given(words):
     given = parse(*words)
-    assert parse(*words_of(given)) == given
+    assert parse(*words_of(given, RUN_FLAGS)) == given
 
 
 def test_minus_one_rank_is_the_old_word_for_not_given_and_zero_is_a_mistake(capsys):

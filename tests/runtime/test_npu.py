@@ -200,7 +200,7 @@ def test_code_for_another_chip_is_refused_by_name(stand_in):
 
 
 def test_the_npu_is_the_default_where_its_packages_are_installed(monkeypatch, tmp_path):
-    from llmc.runtime.run import default_device
+    from llmc.runtime.session import default_device
 
     monkeypatch.setenv("PATH", str(tmp_path))
     assert default_device(None) == "host"
@@ -304,7 +304,7 @@ MANIFEST = {"device": "atlas-800i-a2", "chip": "Ascend910B", "attention": "paged
 
 
 def test_a_rank_takes_the_device_of_its_local_rank_and_the_communicator_of_its_run(rank_1, monkeypatch):
-    from llmc.runtime.run import open_device
+    from llmc.runtime.session import open_device
 
     team, device = rank_1
     real = torch.device
@@ -318,16 +318,16 @@ def test_a_rank_takes_the_device_of_its_local_rank_and_the_communicator_of_its_r
 @pytest.mark.parametrize("formats", [["nd", "nz"], ["nz", "nd"]], ids="first is {}".format)
 def test_the_formats_of_the_device_decide_whether_nz_is_allowed(formats, rank_1, monkeypatch):
     """As its file lists them: the first is taken."""
-    from llmc.runtime import run
+    from llmc.runtime import session
 
     team, device = rank_1
     device.config = types.SimpleNamespace(allow_internal_format=False)
-    target = run.device_profile("atlas-800i-a2")
+    target = session.device_profile("atlas-800i-a2")
     found = dataclasses.replace(target, formats={**target.formats, "weight": formats[0]})
-    monkeypatch.setattr(run, "device_profile", lambda name: found)
+    monkeypatch.setattr(session, "device_profile", lambda name: found)
     real = torch.device
     monkeypatch.setattr(torch, "device", lambda kind, index: real("meta", index))
-    run.open_device(MANIFEST, "npu", team)
+    session.open_device(MANIFEST, "npu", team)
     assert device.config.allow_internal_format == (formats[0] == "nz")
 
 
@@ -339,19 +339,19 @@ def test_the_workspace_has_the_size_of_the_largest_step_before_a_graph_is_built(
     from llmc.compiler.memory import needed
     from llmc.compiler.options import Options
     from llmc.compiler.pipeline import compile_model
-    from llmc.runtime import run
+    from llmc.runtime import session
 
     manifest, calls = make_manifest(compile_model("llama2-7b", Options(device=device))), []
     atb = types.SimpleNamespace(set_buffer_size=lambda size: calls.append(("set_buffer_size", size)))
-    monkeypatch.setattr(run, "open_device", lambda *args: (atb, types.SimpleNamespace(type="npu"), {}))
+    monkeypatch.setattr(session, "open_device", lambda *args: (atb, types.SimpleNamespace(type="npu"), {}))
     for name in ("make_caches", "make_constants", "load_weights", "Executor"):
-        monkeypatch.setattr(run, name, lambda *args, name=name, **kwargs: calls.append((name,)))
-    monkeypatch.setattr(run, "Engine", lambda *args, **kwargs: None)
-    monkeypatch.setattr(run, "eos_ids", lambda path: [])
+        monkeypatch.setattr(session, name, lambda *args, name=name, **kwargs: calls.append((name,)))
+    monkeypatch.setattr(session, "Engine", lambda *args, **kwargs: None)
+    monkeypatch.setattr(session, "eos_ids", lambda path: [])
     words = dict.fromkeys(("max_position_embeddings", "torch_device", "batch_size", "num_blocks", "memory", "graph"))
     args = types.SimpleNamespace(**words, max_prefill_tokens=0, model_path=".", quiet=True, json=False)
     artifact = types.SimpleNamespace(manifest=manifest)
-    run.make_engine(args, artifact, None, [[1] * 900] * 3, SamplingParams(max_tokens=9))
+    session.make_engine(args, artifact, None, [[1] * 900] * 3, SamplingParams(max_tokens=9))
     step = needed(manifest["memory"], tokens=2700, batch=3, context=909, positions=4096)["workspace"]
     assert calls[0] == ("set_buffer_size", -(-(int(step * 1.13) + scratch) // 1024) * 1024)
     assert calls[-1] == ("Executor",)
@@ -359,7 +359,7 @@ def test_the_workspace_has_the_size_of_the_largest_step_before_a_graph_is_built(
 
 
 def test_ranks_do_not_share_an_npu(rank_1):
-    from llmc.runtime.run import open_device
+    from llmc.runtime.session import open_device
 
     with pytest.raises(UserError, match=r"each of 2 ranks needs an NPU of its own"):
         open_device(MANIFEST, "npu:0", rank_1[0])
@@ -367,7 +367,7 @@ def test_ranks_do_not_share_an_npu(rank_1):
 
 @pytest.mark.parametrize("why", ["", "npu-smi is not installed"])
 def test_a_rank_is_bound_to_cores_near_its_npu_and_says_why_not(rank_1, why, monkeypatch, capsys):
-    from llmc.runtime.run import binding, open_device
+    from llmc.runtime.session import binding, open_device
 
     team, device = rank_1
     asked = []

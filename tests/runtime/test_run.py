@@ -19,8 +19,8 @@ from llmc.compiler.memory import needed
 from llmc.compiler.options import Options
 from llmc.compiler.pipeline import compile_model
 from llmc.runtime.engine.runner import make_caches
-from llmc.runtime.flags import add_run_flags
-from llmc.runtime.run import read_prompts, replicate
+from llmc.runtime.flags import RUN_FLAGS, add_flags
+from llmc.runtime.prompts import read_prompts, replicate
 
 PROMPTS = [[1, 5, 9, 2], [3] * 11, [7]]
 
@@ -245,7 +245,7 @@ def test_threads_are_as_asked_and_said(checkpoint, capsys):
 def test_weights_beyond_memory_are_refused_before_they_are_loaded_unless_the_user_says_more(
     checkpoint, capsys, monkeypatch
 ):
-    monkeypatch.setattr("llmc.runtime.run.free_memory", lambda: 1 << 16)
+    monkeypatch.setattr("llmc.runtime.session.free_memory", lambda: 1 << 16)
     words = ["--input-ids", "1", "--max-output-length", "1"]
     assert run(checkpoint, *words) == 1
     said = capsys.readouterr()
@@ -271,9 +271,9 @@ def test_weights_beyond_memory_are_refused_before_they_are_loaded_unless_the_use
 )
 def test_sizes_beyond_memory_are_refused_at_once(checkpoint, capsys, monkeypatch, words, needs):
     """Before a list is as long as the batch, or a rank starts."""
-    monkeypatch.setattr("llmc.runtime.run.free_memory", lambda: 8 << 30)
+    monkeypatch.setattr("llmc.runtime.session.free_memory", lambda: 8 << 30)
     monkeypatch.setattr("llmc.runtime.run.make_engine", lambda *args: pytest.fail("weights were loaded"))
-    monkeypatch.setattr("llmc.runtime.run.start_ranks", lambda *args: pytest.fail("ranks were started"))
+    monkeypatch.setattr("llmc.runtime.launch.launch", lambda *args: pytest.fail("ranks were started"))
     assert run(checkpoint, "--input-ids", "1,2,3", "--max-output-length", "3", *words) == 1
     said = capsys.readouterr().err
     assert needs in said
@@ -296,7 +296,7 @@ def test_sizes_beyond_what_is_used_change_nothing(checkpoint, capsys):
 
 def test_a_batch_that_does_not_fit_at_once_takes_turns(checkpoint, capsys, monkeypatch):
     words = ["--input-ids", "1,5,9", "--ignore-eos", "--max-output-length", "3", "--json", "--load-tokenizer", "False"]
-    monkeypatch.setattr("llmc.runtime.run.free_memory", lambda: 3 << 19)
+    monkeypatch.setattr("llmc.runtime.session.free_memory", lambda: 3 << 19)
     assert run(checkpoint, *words, "--batch-size", "24") == 0
     said = capsys.readouterr()
     assert "1.50 MiB of memory are free on this host: " in said.err
@@ -400,7 +400,7 @@ def test_quantised_weights_are_refused_by_their_kind(checkpoint, capsys, tmp_pat
 
 def prompts_of(path: Path) -> list:
     parser = argparse.ArgumentParser()
-    add_run_flags(parser)
+    add_flags(parser, RUN_FLAGS)
     return read_prompts(parser.parse_args(["--input-file", str(path)]))
 
 
@@ -486,7 +486,7 @@ def test_the_cache_has_the_blocks_that_the_memory_holds(checkpoint, capsys, monk
         seen.append(sizes["N"])
         return make_caches(manifest, sizes, device)
 
-    monkeypatch.setattr("llmc.runtime.run.make_caches", watched)
+    monkeypatch.setattr("llmc.runtime.session.make_caches", watched)
     answers = []
     for blocks, tokens in ((1, 22), (2, 22), (3, 16)):
         assert run(checkpoint, *words, "--memory", f"{bytes_needed(checkpoint, blocks, tokens)}B") == 0
@@ -500,7 +500,7 @@ def test_the_cache_has_the_blocks_that_the_memory_holds(checkpoint, capsys, monk
 @pytest.mark.parametrize("words", [[], ["--tp", "2"], ["--attention", "flash"]], ids=["one", "two ranks", "flash"])
 @pytest.mark.parametrize("said", ["--memory", "MAX_MEMORY_GB"])
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(checkpoint, capsys, monkeypatch, words, said):
-    for name in ("run.load_weights", "run.make_caches", "launch.launch"):
+    for name in ("session.load_weights", "session.make_caches", "launch.launch"):
         monkeypatch.setattr(f"llmc.runtime.{name}", lambda *a, **k: pytest.fail("too late"))
     if said == "--memory":
         words = [*words, "--memory", "20KiB"]

@@ -46,7 +46,7 @@ def install(phase: str, how: str) -> None:
     if phase == "start":
         act(how)
     elif phase == "device":
-        import llmc.runtime.run as run
+        import llmc.runtime.session as run
 
         break_call(run, "open_device", how, call=1)
     elif phase == "meet":
