@@ -18,6 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
@@ -282,7 +283,7 @@ def make_engine(
     params: SamplingParams,
     team: Team | None = None,
 ) -> Engine:
-    """Weights and caches in place, and the ranks together."""
+    """Weights and caches in place for these prompts and their answers, and the ranks together."""
     manifest = artifact.manifest
     limit = manifest["sizes"]["max_positions"]
     if args.max_position_embeddings and args.max_position_embeddings > limit:
@@ -292,20 +293,36 @@ def make_engine(
         note(f"answers end where a sequence has {limit} tokens in all, prompt included")
     requests = Counter(map(len, prompts))
     bound = limit_for(args, manifest, requests, params, team)
-    room = room_for(args, manifest, requests, params, bound)
+    return engine_in(args, artifact, tokenizer, partial(room_for, args, manifest, requests, params), bound, team)
+
+
+def engine_in(
+    args: argparse.Namespace,
+    artifact: artifacts.Artifact,
+    tokenizer: Tokenizer | None,
+    room_in: Callable[[Limit | None], Room],
+    bound: Limit | None,
+    team: Team | None = None,
+    *,
+    weights: Callable[..., dict[str, torch.Tensor]] = load_weights,
+) -> Engine:
+    """An engine with the caches that `room_in` finds room for in what a rank may use. `weights` takes what
+    `load_weights` takes."""
+    manifest, limit = artifact.manifest, positions_of(args, artifact.manifest)
+    room = room_in(bound)
     atb, device, ranks = open_device(manifest, args.torch_device, team)
     if device.type == "npu" and room.workspace:
         npu.set_workspace(atb, workspace_size(room, device_profile(manifest["device"])))
     if team:
         team.meet()
         if bound and bound.host:  # each rank has measured for itself, and all must take the same steps
-            room = room_for(args, manifest, requests, params, replace(bound, usable=team.least(bound.usable)))
+            room = room_in(replace(bound, usable=team.least(bound.usable)))
     if room.note:
         note(room.note)
     if not (bound and bound.host):
         note_memory(manifest["memory"]["weight_bytes"] * (team.place.local_world_size if team else 1), device)
     caches = make_caches(manifest, room.sizes, device)
-    weights = load_weights(
+    held = weights(
         manifest["weights"],
         args.model_path,
         splits=manifest["splits"],
@@ -315,7 +332,7 @@ def make_engine(
         progress=(team is None or team.talks) and not (args.quiet or args.json),
     )
     constants = make_constants(manifest, limit, device)
-    executor = Executor(artifact, atb, weights=weights, constants=constants, caches=caches, **ranks)
+    executor = Executor(artifact, atb, weights=held, constants=constants, caches=caches, **ranks)
     if is_paged(manifest):
         limit = min(limit, room.sizes["N"] * BLOCK_SIZE)
     elif args.num_blocks:
