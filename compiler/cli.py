@@ -260,6 +260,13 @@ def run_flags(p: argparse.ArgumentParser) -> None:
     add_flags(p, RUN_FLAGS)
 
 
+def bench_flags(p: argparse.ArgumentParser) -> None:
+    from llmc.runtime.flags import BENCH_FLAGS, add_flags
+
+    p.usage = 'llmc bench --model-path DIR [--cases "[[256,256]]"] [--batch 1,4] [flags]'
+    add_flags(p, BENCH_FLAGS)
+
+
 def demo_flags(p: argparse.ArgumentParser) -> None:
     from llmc.runtime.demo import add_demo_flags
 
@@ -453,6 +460,10 @@ def _on_ranks(args: argparse.Namespace, module: str) -> int:
     return ranks.join(place, work, lambda error: report(error, args.json)) if place else work(None)
 
 
+def bench_command(args: argparse.Namespace) -> int:
+    return _on_ranks(args, "llmc.runtime.measure.bench")
+
+
 def demo_command(args: argparse.Namespace) -> int:
     _keep_backends_out()
     from llmc.runtime.demo import demo
@@ -484,6 +495,7 @@ COMMANDS: dict[str, tuple[Callable, Callable[[argparse.ArgumentParser], None], s
     "env": (env_command, env_flags, "print the environment variables of a device, with a word on each"),
     "schema": (schema_command, lambda p: None, "print the JSON Schema of model files, for editors"),
     "run": (run_command, run_flags, "generate text with a checkpoint"),
+    "bench": (bench_command, bench_flags, "time prefill and decode of a checkpoint, for cases and batches"),
     "demo": (demo_command, demo_flags, "fetch a small real model, compile it and answer a question on this machine"),
     "convert": (convert_command, convert_flags, "turn .bin or GGUF weights into a safetensors checkpoint"),
 }

@@ -1,5 +1,7 @@
 """Files that anybody may have written: regular ones only, and never more of them than the caller expects.
 
+Written are whole files only.
+
 data = read_bytes("graphs/mine.yaml", 1 << 20)      # or Unreadable("it is a pipe, not a regular file")
 """
 
@@ -8,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 import stat
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from llmc.compiler.diagnostics import shorten
+from llmc.compiler.diagnostics import UserError, shorten
 
 JSON_BYTES = 64 << 20  # indices and tokenizer settings of the largest models have a few MiB
 JSON_DEPTH = 100
@@ -88,6 +91,38 @@ def parse_json(text: str) -> Any:
     if level:
         raise Unreadable(f"it is nested more than {JSON_DEPTH} deep")
     return value
+
+
+def check_target(target: Path, flag: str) -> None:
+    """UserError where a file cannot be written there: before the work whose result it takes."""
+    try:
+        if target.exists() and not target.is_file():
+            raise OSError("it is not a file")
+        if target.parent.exists() and not target.parent.is_dir():
+            raise OSError(f"{target.parent} is not a directory")
+        if not os.access(next(one for one in target.absolute().parents if one.exists()), os.W_OK):
+            raise OSError("the directory may not be written")
+    except OSError as error:
+        raise _cannot_write(target, flag, error) from None
+
+
+def write_whole(target: Path, text: str, flag: str) -> int:
+    """Write the file, whole or not at all; returns its size in bytes. UserError, which names the flag, where it cannot
+    be written."""
+    check_target(target, flag)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name[:100]}-") as scratch:
+            new = Path(scratch) / "new"
+            new.write_text(text, encoding="utf-8", newline="\n")
+            os.replace(new, target)
+    except OSError as error:
+        raise _cannot_write(target, flag, error) from None
+    return len(text.encode())
+
+
+def _cannot_write(target: Path, flag: str, error: OSError) -> UserError:
+    return UserError(f"cannot write {target}: {error.strerror or error}", hint=f"give {flag} a file that you may write")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

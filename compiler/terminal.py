@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import textwrap
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from llmc.compiler.diagnostics import visible
@@ -47,6 +48,19 @@ def generated(text: str, stream: TextIO | None) -> str:
     if stream is None or not stream.isatty():
         return text
     return CONTROL.sub(lambda found: visible(found[0]), text)
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 0) -> Iterator[str]:
+    """Columns to the right, the first `left` ones to the left, under heads of one line or more; narrow enough for a
+    terminal of 80 where that is possible."""
+    height = max(head.count("\n") + 1 for head in heads)
+    above = [[""] * (height - 1 - head.count("\n")) + head.split("\n") for head in heads]
+    lines = [*zip(*above, strict=True), *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    gap = "  " if sum(widths) + 2 * len(widths[1:]) <= 80 else " "
+    for line in lines:
+        cells = zip(line, widths, strict=True)
+        yield gap.join(f"{cell:{'<' if i < left else '>'}{width}}" for i, (cell, width) in enumerate(cells)).rstrip()
 
 
 def _folded(line: str, width: int) -> str:

@@ -215,6 +215,41 @@ RUN_FLAGS: tuple[Flag, ...] = (
     Flag("max_lora_rank", int, 0, "0: LoRA is not offered", PA),
     Flag("kw_args", str, "", "accepted when empty", PA),
 )
+BENCH_FLAGS: tuple[Flag, ...] = (
+    *MODEL_FLAGS,
+    Flag("cases", str, "[[256,256]]", "pairs of prompt and answer tokens: [[256,256],[1024,128]]", OURS),
+    Flag(
+        "batch",
+        str,
+        "1",
+        "sequences at a time: 1,4 for every case, or a list for each: [[1,4],[8]]",
+        OURS,
+        aliases=("batch_size",),
+    ),
+    Flag("repeats", positive, 3, "runs of each case that are counted", OURS),
+    Flag("warm_up", whole, 1, "runs of each case before them that are not counted", OURS),
+    Flag("seed", int, 0, "of the random prompts", OURS),
+    Flag("random_weights", None, False, "config.json is enough: weights are made up, of the model's shapes", OURS),
+    Flag(
+        "max_batch_under",
+        float,
+        None,
+        "search each case's largest batch whose median time of a token after the first is at most so many ms",
+        OURS,
+    ),
+    Flag(
+        "batch_range",
+        str,
+        None,
+        "where --max-batch-under searches, ends included: [1,64], or a pair for each case (default [1,256])",
+        OURS,
+    ),
+    Flag("csv", str, None, "write the result there; of a search also FILE's rounds, to a file named _rounds", OURS),
+    Flag("formatted", str, None, "the same with | between padded columns, as the original tests write it", OURS),
+    *(flag for flag in ROOM_FLAGS if flag.name in ("max_prefill_tokens", "num_blocks", "memory")),
+    Flag("use_refactor", None, False, "accepted and ignored: there is one code path", PA),
+    *OUTPUT_FLAGS,
+)
 
 # Values that can be honoured; anything else is refused. name -> (values, reason)
 NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {

@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -29,9 +27,10 @@ from typing import Any
 from llmc.compiler.atb import OPS as ATB
 from llmc.compiler.atb.core import GRAPH_LIMITS
 from llmc.compiler.compiled import Compiled
-from llmc.compiler.diagnostics import Place, UserError, portable
+from llmc.compiler.diagnostics import Place, portable
 from llmc.compiler.emit.render import render
 from llmc.compiler.emit.rows import param_call
+from llmc.compiler.files import write_whole
 from llmc.compiler.ir import AtbGraph, AtbNode, AtbTensor, Graph, Node, TensorType, Weight, show_shape
 from llmc.compiler.listing import LAYER, in_layer, plain_param, show_plain_tensor
 from llmc.compiler.memory import cached_bytes, known_bytes
@@ -46,22 +45,7 @@ Line = list[str]
 
 def write(compiled: Compiled, target: Path) -> int:
     """Write the page, whole or not at all; returns its size in bytes. UserError where it cannot be written."""
-    text = page(compiled)
-    try:
-        if target.exists() and not target.is_file():
-            raise OSError("it is not a file")
-        if target.parent.exists() and not target.parent.is_dir():
-            raise OSError(f"{target.parent} is not a directory")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name[:100]}-") as scratch:
-            new = Path(scratch) / "new"
-            new.write_text(text, encoding="utf-8", newline="\n")
-            os.replace(new, target)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {target}: {error.strerror or error}", hint="give --html a file that you may write"
-        ) from None
-    return len(text.encode())
+    return write_whole(target, page(compiled), "--html")
 
 
 def page(compiled: Compiled) -> str:

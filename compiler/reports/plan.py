@@ -27,6 +27,7 @@ from llmc.compiler.pipeline import compile_model
 from llmc.compiler.reports.roofline import step_facts
 from llmc.compiler.reports.show import show_bytes
 from llmc.compiler.target.device import UNITS, Board, Device, Link, device, held_bytes
+from llmc.compiler.terminal import table
 
 MOST_SEQUENCES = 1 << 16  # where the search for the largest batch ends
 
@@ -326,7 +327,7 @@ def _memory_table(facts: Mapping[str, Any]) -> Iterator[str]:
     cards = any(row["cards"] != row["world_size"] for row in sizes)
     step = ("constants", "step_tensors", "workspace")
     yield from ["", f"one rank's memory in {unit} (* offered by the model)"]
-    yield from _table(
+    yield from table(
         ["tp", *(["cards"] if cards else []), "weights", "cache", "step", "needed", "fits", "a token's\ncache, KiB",
          "largest\nbatch", "largest\ncontext"],
         [
@@ -353,7 +354,7 @@ def _memory_table(facts: Mapping[str, Any]) -> Iterator[str]:
 
 def _work_table(facts: Mapping[str, Any]) -> Iterator[str]:
     yield from ["", "one rank's work"]
-    yield from _table(
+    yield from table(
         ["tp", "prefill\nTFLOP", "time", "bound\nby", "decode\nGFLOP", "time", "bound\nby", "tokens/s",
          "a token\nsends, KiB", "in a\nlayer"],
         [
@@ -379,16 +380,6 @@ def _size(row: Mapping[str, Any]) -> str:
 def _short(number: float) -> str:
     """`1.40`, `285.9`, `14676`"""
     return f"{number:.{2 if number < 100 else 1 if number < 1000 else 0}f}"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Columns to the right, under heads of one or two lines; narrow enough for a terminal of 80."""
-    above = [f"\n{head}".split("\n")[-2:] for head in heads]
-    lines = [*zip(*above, strict=True), *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
-    gap = "  " if sum(widths) + 2 * len(widths[1:]) <= 80 else " "
-    for line in lines:
-        yield gap.join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
 
 
 def _time(facts: Mapping[str, Any]) -> tuple[str, str]:

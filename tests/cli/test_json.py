@@ -28,12 +28,13 @@ WORKS = {  # each command, as it ends well; {} is the checkpoint
 }
 RUNS = {  # these compute
     "run": "run --model-path {} --graph {}/mine.yaml --max-output-length 2",
+    "bench": "bench --model-path {} --graph {}/mine.yaml --cases [[4,2]] --repeats 1",
     "demo": "demo question --max-output-length 2 --cache-dir {}",
     "convert": "convert {}/bin -o {}/converted",
 }
 USAGE = {  # wrong usage: the likely way out, or a word of the message
     "complie smollm2-135m": "did you mean 'compile'?",
-    "xyz": "known: check, compile, convert",
+    "xyz": "compile, convert, demo, diff",
     "": "required: COMMAND",
     "compile": "required: graph",
     "compile smollm2-135m --devise host": "did you mean '--device'?",
@@ -51,6 +52,8 @@ USAGE = {  # wrong usage: the likely way out, or a word of the message
     "run": "--model-path is needed",
     "run --model-path x --temperature hot": "'hot'",
     "run --model-path x --num-bemas 2": "did you mean '--num-beams'?",
+    "bench": "--model-path is needed",
+    "bench --model-path x --repeats 0": "'0' is not a whole number",
     "demo --max-output-length 0": "'0' is not a whole number",
     "convert": "needs one source",
     "convert x --dtype int3": "invalid choice: 'int3'",

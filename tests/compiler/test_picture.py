@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from llmc.compiler import files
 from llmc.compiler.cli import main
+from llmc.compiler.diagnostics import UserError
 from llmc.compiler.listing import at_layer
 from llmc.compiler.options import Options
 from llmc.compiler.pipeline import compile_model
@@ -126,8 +128,8 @@ def test_a_write_that_fails_leaves_the_old_page_and_nothing_else(tmp_path, monke
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(picture.os, "replace", full)
-    with pytest.raises(picture.UserError, match="No space left on device"):
+    monkeypatch.setattr(files.os, "replace", full)
+    with pytest.raises(UserError, match="No space left on device"):
         picture.write(ranks8, path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
