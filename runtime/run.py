@@ -88,7 +88,7 @@ def answer(args: argparse.Namespace, asked: Asked, team: Team | None) -> int:
     use_cpu(args, team)
     start = time.perf_counter()
     engine = make_engine(args, asked.artifact, asked.tokenizer, ids, params, team)
-    engine.warm_up()
+    engine.warm_up(len(ids) if args.host_compile else 1)
     settle()
     loading = time.perf_counter() - start
     streamed = streams(args, ids, asked.tokenizer) and talks

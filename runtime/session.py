@@ -332,7 +332,15 @@ def engine_in(
         progress=(team is None or team.talks) and not (args.quiet or args.json),
     )
     constants = make_constants(manifest, limit, device)
-    executor = Executor(artifact, atb, weights=held, constants=constants, caches=caches, **ranks)
+    executor = Executor(
+        artifact,
+        atb,
+        weights=held,
+        constants=constants,
+        caches=caches,
+        host_compiler=host_compiler(args, device),
+        **ranks,
+    )
     if is_paged(manifest):
         limit = min(limit, room.sizes["N"] * BLOCK_SIZE)
     elif args.num_blocks:
@@ -348,6 +356,22 @@ def engine_in(
         device=device,
         sampler=team.sampler(Sampler()) if team else None,
     )
+
+
+def host_compiler(args: argparse.Namespace, device: torch.device) -> Callable[..., Any] | None:
+    """What compiles the decode step, where --host-compile asks for it. UserError where there are no C++ kernels to
+    make."""
+    if not args.host_compile:
+        return None
+    if device.type != "cpu":
+        raise UserError(
+            f"--host-compile is for steps on a CPU, and this one runs on {device.type}", hint="leave it out"
+        )
+    from llmc.runtime.hostatb.inductor import HostCompiler, check_compiler
+
+    check_compiler()
+    note("--host-compile: the decode step is compiled before the first answer, which takes about half a minute")
+    return lambda held: HostCompiler(held, note)
 
 
 def limit_for(

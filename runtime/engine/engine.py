@@ -137,11 +137,11 @@ class Engine:
             self._jobs = {}
         return [self._output(job) for job in jobs]
 
-    def warm_up(self) -> None:
-        """One prefill and one decode step on a token nobody asked about: graphs are planned, weights packed and kernels
-        tuned before the first answer, whose times then say what later ones will be."""
+    def warm_up(self, batch: int = 1) -> None:
+        """One prefill and one decode step of so many sequences of a token nobody asked about: graphs are planned,
+        weights packed and kernels tuned before the first answer, whose times then say what later ones will be."""
         if self.max_length > 2:
-            self.generate([[0]], SamplingParams(max_tokens=2, ignore_eos=True))
+            self.generate([[0]] * batch, SamplingParams(max_tokens=2, ignore_eos=True))
             self.steps = []
 
     def _add(self, index: int, prompt: str | Sequence[int], params: SamplingParams) -> None:

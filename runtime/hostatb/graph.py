@@ -19,8 +19,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
@@ -31,6 +31,7 @@ from llmc.runtime.hostatb.step import Step
 from llmc.runtime.hostatb.straight import straight_line
 
 ReshapeFunc = Callable[[list[int]], Sequence[int]]
+Compiler = Callable[..., Callable[[Sequence[Tensor]], list[Tensor]] | None]  # as `straight_line`, where it can
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,7 @@ class GraphOperation:
         self.input_num, self.output_num = n_in, n_out
         self.input_names = self.names[:n_in]
         self._labelled = {node.label: node for node in nodes}
+        self.compiler: Compiler | None = None  # tried before lines; whoever wants it fills it in
         self.places: Mapping[str, str] = {}  # value name -> place in the user's source; whoever knows it fills it in
         self.chip = nodes[0].core.chip if nodes else current_chip()
         self.in_place: Mapping[int, int] = MappingProxyType({})
@@ -95,14 +97,15 @@ class GraphOperation:
         outs: dict[int, Desc] = {}
         for step in steps:
             outs.update(zip(step.outputs, step.outs, strict=True))
-        line = partial(straight_line, inputs=self.input_num, outputs=self.output_num, located=self._refused)
+        ends: Any = {"inputs": self.input_num, "outputs": self.output_num, "located": self._refused}
         runs: dict[bool, Callable[[Sequence[Tensor]], list[Tensor]]] = {}
         shows = next((i for i in sorted(self.device) if ins[i].elements), None)  # all tensors of the device lie on it
 
         def run(tensors: Sequence[Tensor]) -> list[Tensor]:
             on_cpu = shows is None or tensors[shows].is_cpu
             if on_cpu not in runs:  # what rewrites know is measured on CPUs; CUDA tensors take the plain kernels
-                runs[on_cpu] = line(rewrite(steps) if on_cpu else steps)
+                compiled = self.compiler(steps, **ends) if self.compiler and on_cpu else None
+                runs[on_cpu] = compiled or straight_line(rewrite(steps) if on_cpu else steps, **ends)
             return runs[on_cpu](tensors)
 
         return Plan(outs=tuple(outs[i] for i in range(first, last)), run=run)
