@@ -168,6 +168,7 @@ def graph_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", default="atlas-800i-a2", help="atlas-800i-a2 (default), atlas-300i-duo or host")
     p.add_argument("--dtype", help="float16, bfloat16; on host also float32 (default: the model's)")
     p.add_argument("--attention", default="paged", help="paged (default) or flash")
+    p.add_argument("--logits", default="last", help="of a prefill: last (default; of each prompt's last token) or all")
     p.add_argument(
         "--tp",
         "--world-size",
@@ -287,6 +288,7 @@ def _options(args: argparse.Namespace) -> Any:
         device=args.device,
         dtype=args.dtype,
         attention=args.attention,
+        logits=args.logits,
         world_size=args.tp,
         backend=args.backend,
         allow_unsupported=args.allow_unsupported,

@@ -23,6 +23,7 @@ from llmc.compiler.language.build import load_model
 from llmc.compiler.language.source import catalogue
 from llmc.compiler.ops import OPS
 from llmc.compiler.passes.fuse import FUSIONS
+from llmc.compiler.passes.phase import LOGITS
 from llmc.compiler.pipeline import PASS_NAMES
 from llmc.compiler.target.device import DTYPES, device, device_names
 
@@ -68,6 +69,7 @@ VALUES: Mapping[str, Values] = {
     "device": lambda **_: device_names(),
     "dtype": lambda **_: DTYPES,
     "attention": lambda **_: sorted({a for d in device_names() for a in device(d).attention}),
+    "logits": lambda **_: LOGITS,
     "backend": backends,
     "tp": lambda **_: map(str, range(1, DEVICE_COUNT + 1)),
     "fuse": fusions,

@@ -23,7 +23,7 @@ from typing import Any
 from llmc.compiler.atb.core import CHIPS, DTYPE_BYTES
 from llmc.compiler.diagnostics import shorten
 from llmc.compiler.language.definitions import MAX_NODES, PAIRINGS, SCALINGS
-from llmc.compiler.passes.phase import PHASES
+from llmc.compiler.passes.phase import LOGITS, PHASES
 from llmc.compiler.target.device import ATTENTION, DTYPES, device_names
 
 MOST = 2**48  # elements of a tensor, bytes, ...: far above what is, and products of two stay exact
@@ -130,6 +130,7 @@ MANIFEST: Mapping[str, Any] = {
     "chip": one_of(*CHIPS),
     "dtype": one_of(*DTYPES),
     "attention": one_of(*ATTENTION),
+    "logits": one_of(*LOGITS),
     "world_size": whole(f"a world size (1 to {RANKS})", 1, RANKS),
     "backend": one_of("", "lccl", "hccl"),
     "sizes": {"max_positions": SIZE, "vocab?": SIZE, TEXT: NUMBER},

@@ -8,6 +8,7 @@ from typing import Any
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.ir import Graph
 from llmc.compiler.language.build import Model
+from llmc.compiler.passes.phase import LOGITS
 from llmc.compiler.passes.types import in_layers, is_named
 from llmc.compiler.target import legality
 from llmc.compiler.target.device import Device, device
@@ -20,6 +21,7 @@ class Options:
     device: str = "atlas-800i-a2"
     dtype: str | None = None
     attention: str = "paged"
+    logits: str = "last"  # of a prefill: of each sequence's last token, or of all
     world_size: int | None = None  # None: the smallest that the model's `support:` offers on the device, else 1
     backend: str | None = None  # of collectives
     fusions: tuple[str, ...] | None = None
@@ -58,6 +60,8 @@ def check_options(model: Model, options: Options) -> Options:
         choice["backend"] = backend
     legality.check(target, {**choice, "fusion": options.fusions or ()})
     check_policy(model.graph, target, dtype)
+    if options.logits not in LOGITS:
+        raise UserError(f"logits {options.logits}: expected last (of each prompt's last token) or all (of every token)")
     if options.layers_per_segment < 0:
         raise UserError(f"layers-per-segment {options.layers_per_segment}: expected 0 (as many as fit) or more")
     decided = replace(options, world_size=world_size, backend=backend if world_size > 1 else "")

@@ -96,7 +96,7 @@ def _run(model: Model, options: Options, until: str) -> Compiled:
     phases: dict[str, Any] = {"model": graph} if done else {}
     lowered: dict[str, AtbGraph] = {}
     for phase in () if done else PHASES:
-        result: Any = split_phase(graph, phase)
+        result: Any = split_phase(graph, phase, options.logits)
         verify(result, target.chip)
         for step in PHASE_PASSES if until != "phase" else ():
             if step.when(step.name, result, options):

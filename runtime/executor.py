@@ -77,7 +77,8 @@ class Executor:
 
     def run(self, phase: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """One step. `inputs`: the phase's inputs by name; a cache given here stands in for the one of that name (flash
-        attention runs on some rows of its caches). Returns logits [B, vocab], which the device may still work on.
+        attention runs on some rows of its caches). Returns logits [B, vocab], which the device may still work on; in a
+        prefill [T, vocab] where the artifact has those of every token.
 
         The rule of order: a step begins when everything that the step before it queued has run, on every rank, whether
         or not anybody read its logits. torch_npu's task queue makes a queued call later, and the call takes its tensors

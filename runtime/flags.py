@@ -17,6 +17,7 @@ from typing import Any
 
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.ops.attention import BLOCK_SIZE
+from llmc.compiler.passes.phase import LOGITS
 
 DEFAULT_QUESTION = "What's deep learning?"
 
@@ -132,6 +133,13 @@ MODEL_FLAGS: tuple[Flag, ...] = (
         PA,
         bare=False,
     ),
+    Flag(
+        "logits",
+        str,
+        None,
+        "of a prefill: last (default; of each prompt's last token) or all (--prompt-logprobs asks for it by itself)",
+        OURS,
+    ),
     Flag("max_position_embeddings", positive, None, "longest sequence (default and at most: the model's)", PA),
     Flag(
         "tp",
@@ -191,6 +199,8 @@ SAMPLING_FLAGS: tuple[Flag, ...] = (
     Flag("frequency_penalty", float, 0.0, "-2 to 2", PA),
     Flag("stop", utf8, None, "strings that end an answer; they are not printed", OURS, many=True),
     Flag("ignore_eos", None, False, "always generate max_output_length tokens", PA),
+    Flag("logprobs", int, None, "of each token of an answer, and of so many likeliest ones; printed with --json", OURS),
+    Flag("prompt_logprobs", int, None, "likewise of each token of a prompt", OURS),
 )
 OUTPUT_FLAGS: tuple[Flag, ...] = (
     Flag("json", None, False, "one JSON object on stdout and nothing else", OURS),
@@ -327,6 +337,11 @@ def check_run_flags(args: argparse.Namespace) -> None:
         problems.append(f"{' and '.join(spellings(n)[0] for n in given)} cannot be used together")
     if args.stop and not args.load_tokenizer:
         problems.append("--stop compares text, which --load-tokenizer False does without")
+    problems += [
+        f"{spellings(name)[0]}: log-probabilities are printed with --json"
+        for name in ("logprobs", "prompt_logprobs")
+        if getattr(args, name) is not None and not args.json
+    ]
     refuse("run", args, problems)
 
 
@@ -345,7 +360,7 @@ def model_problems(args: argparse.Namespace) -> Iterator[str]:
         yield "--model-path is needed: the checkpoint directory"
     if args.graph is not None and args.artifact is not None:
         yield "--graph and --artifact cannot be used together: an artifact is compiled already"
-    for chosen in (dtype_of, attention_of):
+    for chosen in (dtype_of, attention_of, logits_of):
         try:
             chosen(args)
         except UserError as error:
@@ -374,6 +389,16 @@ def attention_of(args: argparse.Namespace) -> str:
     return next(iter(said.values()), "paged")
 
 
+def logits_of(args: argparse.Namespace) -> str | None:
+    """last or all, None where nothing asks for either."""
+    needed = getattr(args, "prompt_logprobs", None) is not None
+    if args.logits not in (None, *LOGITS):
+        raise UserError(f"--logits {args.logits}: expected {' or '.join(LOGITS)}")
+    if needed and args.logits == "last":
+        raise UserError("--logits last contradicts --prompt-logprobs, which needs those of every token")
+    return "all" if needed else args.logits
+
+
 def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `SamplingParams`.
 
@@ -392,6 +417,8 @@ def sampling_of(args: argparse.Namespace) -> dict[str, Any]:
         "presence_penalty": args.presence_penalty,
         "frequency_penalty": args.frequency_penalty,
         "seed": args.seed,
+        "logprobs": args.logprobs,
+        "prompt_logprobs": args.prompt_logprobs,
         "stop": tuple(args.stop or ()),
         "ignore_eos": args.ignore_eos,
     }

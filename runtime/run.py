@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ import torch
 from llmc.compiler import artifact as artifacts
 from llmc.compiler.terminal import columns, fold, generated
 from llmc.runtime.engine.engine import Engine, Output, check_prompt
+from llmc.runtime.engine.logprobs import Logprob
 from llmc.runtime.engine.sampling import SamplingParams
 from llmc.runtime.engine.tokenizer import Tokenizer, load_tokenizer
 from llmc.runtime.flags import RUN_FLAGS, check_run_flags, sampling_of, words_of
@@ -166,6 +168,16 @@ def print_answers(prompts: Sequence[Prompt], outputs: Sequence[Output], engine: 
     print(fold(closing, columns(sys.stdout)))
 
 
+def shown_logprobs(entry: Mapping[int, Logprob] | None) -> list[dict[str, Any]] | None:
+    """The token itself first; null for a prompt's first token, and for the logarithm of 0, which JSON cannot say."""
+    if entry is None:
+        return None
+    return [
+        {"token_id": token, "logprob": one.logprob if one.logprob > -math.inf else None, "rank": one.rank}
+        for token, one in entry.items()
+    ]
+
+
 def report(
     manifest: Mapping[str, Any], prompts: Sequence[Prompt], outputs: Sequence[Output], engine: Engine, loading: float
 ) -> dict[str, Any]:
@@ -180,6 +192,8 @@ def report(
                 "prompt": prompts[o.index],
                 "text": o.text,
                 "token_ids": o.token_ids,
+                "logprobs": o.logprobs and [shown_logprobs(entry) for entry in o.logprobs],
+                "prompt_logprobs": o.prompt_logprobs and [shown_logprobs(entry) for entry in o.prompt_logprobs],
                 "prompt_tokens": o.prompt_tokens,
                 "generated_tokens": o.generated_tokens,
                 "finish_reason": o.finish_reason,

@@ -49,7 +49,7 @@ from llmc.runtime.engine.runner import is_paged, make_caches, make_constants
 from llmc.runtime.engine.sampling import Sampler, SamplingParams
 from llmc.runtime.engine.tokenizer import Tokenizer, eos_ids
 from llmc.runtime.executor import Executor
-from llmc.runtime.flags import attention_of, dtype_of
+from llmc.runtime.flags import attention_of, dtype_of, logits_of
 from llmc.runtime.host_memory import free_memory
 from llmc.runtime.machine import cpu_isa, cpu_model
 from llmc.runtime.ranks import Team
@@ -177,6 +177,7 @@ def make_artifact(
         device=device,
         dtype=dtype_of(args) or stored_dtype(config),
         attention=attention_of(args),
+        logits=logits_of(args) or "last",
         world_size=world_size,
         backend=args.backend or (npu.backend(one_host=team is None or team.place.one_host) if ask else None),
         allow_unsupported=args.allow_unsupported,
@@ -204,6 +205,7 @@ def _as_asked(args: argparse.Namespace, artifact: artifacts.Artifact, world_size
         "device": args.device,
         "dtype": dtype_of(args),
         "attention": None if silent else attention_of(args),
+        "logits": logits_of(args),
         "world_size": world_size,
         "backend": args.backend,
     }

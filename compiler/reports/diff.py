@@ -20,7 +20,7 @@ from llmc.compiler.reports.show import show_bytes
 
 Fields = dict[str, Any]
 Sections = dict[str, dict[str, Fields]]  # section -> name -> field -> value
-SETTINGS = ("model", "device", "chip", "dtype", "attention", "world_size", "backend")
+SETTINGS = ("model", "device", "chip", "dtype", "attention", "logits", "world_size", "backend")
 SIGNS = {"added": "+", "removed": "-", "changed": "~"}
 
 

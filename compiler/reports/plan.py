@@ -89,6 +89,7 @@ def plan(
         "device": target.name,
         "dtype": compiled.dtype,
         "attention": options.attention,
+        "logits": options.logits,
         "memory": budget,
         "reserve": with_rest(lines, budget["reserve_bytes"] or 0),
         "workload": {
@@ -296,7 +297,8 @@ def show_plan(facts: Mapping[str, Any]) -> str:
         budget = f"{there}, {kept} reserved, {usable} usable"
     return "\n".join(
         [
-            f"{facts['model']} on {facts['device']}, {facts['dtype']}, {facts['attention']} attention",
+            f"{facts['model']} on {facts['device']}, {facts['dtype']}, {facts['attention']} attention"
+            f"{', logits of every token' if facts['logits'] == 'all' else ''}",
             f"memory of a rank: {budget}",
             *([reserve_line(facts["reserve"], memory["reserve_bytes"])] if facts["reserve"] else []),
             f"workload: batch {work['batch']}, prompt {work['prompt']}, answer {work['answer']} tokens: context "

@@ -81,6 +81,7 @@ def summary(compiled: Compiled) -> dict[str, Any]:
         "device": compiled.options.device,
         "dtype": compiled.dtype,
         "attention": compiled.options.attention,
+        "logits": compiled.options.logits,
         "world_size": compiled.options.world_size,
         "operators": compiled.graph.size,
         "operations": {
@@ -125,7 +126,8 @@ def head_line(compiled: Compiled) -> str:
     """`llama2-13b on atlas-800i-a2, float16, paged attention, world size 8, lccl`"""
     o = compiled.options
     ranks = f"world size {o.world_size}" + (f", {o.backend}" if o.backend else "")
-    return f"{compiled.model.name} on {o.device}, {compiled.dtype}, {o.attention} attention, {ranks}"
+    every = ", logits of every token" if o.logits == "all" else ""
+    return f"{compiled.model.name} on {o.device}, {compiled.dtype}, {o.attention} attention, {ranks}{every}"
 
 
 def show_model(compiled: Compiled) -> str:

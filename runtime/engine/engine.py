@@ -21,13 +21,15 @@ import torch
 
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.engine.blocks import BlockManager, CacheRoom, RowManager
-from llmc.runtime.engine.runner import Executes, Runner, block_size, cache_sizes, is_paged
+from llmc.runtime.engine.logprobs import Logprob, logprobs
+from llmc.runtime.engine.runner import Executes, Runner, block_size, cache_sizes, is_paged, last_rows, rows_of
 from llmc.runtime.engine.sampling import Sampler, Samples, SamplingParams
 from llmc.runtime.engine.scheduler import Scheduler
 from llmc.runtime.engine.sequence import Sequence as Request
 from llmc.runtime.engine.tokenizer import TextStream, Tokenizer
 
 StreamCallback = Callable[[int, str], None]  # index of the prompt, new text
+LogitsCallback = Callable[[int, torch.Tensor], None]  # index of the sequence, its logits [tokens, vocab]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,9 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """One answer. `token_s`: seconds from each token to the next, first token excluded."""
+    """One answer. `token_s`: seconds from each token to the next, first token excluded. `logprobs` and
+    `prompt_logprobs`, where the parameters ask: an entry a token, {token id: Logprob}, the token itself first; a
+    prompt's first token, which nothing stands before, has None."""
 
     index: int
     prompt_tokens: int
@@ -51,6 +55,8 @@ class Output:
     finish_reason: str  # eos, stop (string or token id), length
     first_token_s: float
     token_s: list[float]
+    logprobs: list[dict[int, Logprob]] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
     def generated_tokens(self) -> int:
@@ -65,14 +71,15 @@ class _Job:
     limit: int
 
 
-def check_prompt(index: int, ids: Sequence[int], *, vocab: int | None, max_length: int) -> None:
-    """Refuse ids that the embedding does not have, and a prompt that leaves no room for an answer."""
+def check_prompt(index: int, ids: Sequence[int], *, vocab: int | None, max_length: int, answered: bool = True) -> None:
+    """Refuse ids that the embedding does not have, and a prompt that leaves no room for an answer where it gets one."""
     wrong = [t for t in ids if t < 0 or (vocab and t >= vocab)]
     if wrong:
         raise UserError(f"prompt {index} holds token id {wrong[0]}; the model knows 0 to {vocab - 1 if vocab else '?'}")
-    if len(ids) >= max_length:
+    if len(ids) + answered > max_length:
         raise UserError(
-            f"prompt {index} has {len(ids)} tokens, but a sequence can have {max_length} in all, the answer included",
+            f"prompt {index} has {len(ids)} tokens, but a sequence can have {max_length} in all"
+            f"{', the answer included' if answered else ''}",
             hint="shorten it, or raise --max-position-embeddings or the cache",
         )
 
@@ -137,6 +144,53 @@ class Engine:
             self._jobs = {}
         return [self._output(job) for job in jobs]
 
+    def score(
+        self,
+        prompts: Sequence[Sequence[int]],
+        on_logits: LogitsCallback,
+        on_step: Callable[[Step], None] = lambda step: None,
+    ) -> None:
+        """Teacher-forced logits: `on_logits(i, logits)` for each list of token ids, in their order, with its logits
+        [tokens, vocab]: row j is what the model says of token j + 1, having read tokens 0 to j.
+
+            engine.score([[1, 15043, 3186]], lambda i, logits: found.append(token_logprobs(logits[:-1], ids[i][1:])))
+
+        Logits have the dtype and the device of the graph's output, and are valid until the callback returns: the next
+        step may write over them, so what is kept is a clone, or better what was computed of it. A list may have as many
+        tokens as the cache of a sequence and one prefill hold (`max_length`, `max_prefill_tokens`); lists are read
+        together, as many as fit one prefill. Nothing is sampled and nothing stays in the cache.
+
+        Of several ranks each calls this with the same lists, and each is given the logits of the whole vocabulary.
+        Refuses before anything runs when one list cannot, and where the artifact has logits of last tokens only."""
+        self._need_every_token("the logits of every position")
+        self.steps = []
+        index: dict[int, int] = {}
+        try:
+            for i, prompt in enumerate(prompts):
+                ids = self._encode(i, prompt)
+                self._check(i, ids, answered=False)
+                request = Request(prompt_ids=ids, params=SamplingParams(max_tokens=1))
+                self.scheduler.add(request, answered=False)
+                index[request.id] = i
+            while self.scheduler.busy:
+                start = self.clock()
+                batch = self.scheduler.schedule()
+                for request, rows in zip(batch.sequences, rows_of(self.runner.run(batch), batch), strict=True):
+                    on_logits(index[request.id], rows)
+                self.scheduler.finish(batch.sequences)
+                read, seconds = sum(map(len, batch.sequences)), self.clock() - start
+                self.steps.append(Step(phase="prefill", tokens_in=read, tokens_out=0, seconds=seconds))
+                on_step(self.steps[-1])
+        finally:
+            self.scheduler.clear()
+
+    def _need_every_token(self, what: str) -> None:
+        if self.manifest.get("logits") != "all":
+            raise UserError(
+                f"{what}: the artifact has the logits of each prompt's last token only",
+                hint="compile it with --logits all",
+            )
+
     def warm_up(self, batch: int = 1) -> None:
         """One prefill and one decode step of so many sequences of a token nobody asked about: graphs are planned,
         weights packed and kernels tuned before the first answer, whose times then say what later ones will be."""
@@ -146,7 +200,9 @@ class Engine:
 
     def _add(self, index: int, prompt: str | Sequence[int], params: SamplingParams) -> None:
         ids = self._encode(index, prompt)
-        check_prompt(index, ids, vocab=self.manifest.get("sizes", {}).get("vocab"), max_length=self.max_length)
+        self._check(index, ids)
+        if params.prompt_logprobs is not None:
+            self._need_every_token(f"log-probabilities of prompt {index}")
         request = Request(prompt_ids=ids, params=params, arrived=self.clock())
         self.scheduler.add(request)
         stream = None
@@ -155,6 +211,10 @@ class Engine:
             stream = TextStream(self.tokenizer, stop=params.stop, skip_special=skip, include_stop=include)
         limit = min(params.max_tokens, self.max_length - len(ids))
         self._jobs[request.id] = _Job(index=index, request=request, stream=stream, limit=limit)
+
+    def _check(self, index: int, ids: Sequence[int], *, answered: bool = True) -> None:
+        vocab = self.manifest.get("sizes", {}).get("vocab")
+        check_prompt(index, ids, vocab=vocab, max_length=self.max_length, answered=answered)
 
     def _encode(self, index: int, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -172,13 +232,29 @@ class Engine:
         start = self.clock()
         batch = self.scheduler.schedule()
         tokens_in = sum(map(len, batch.sequences)) if batch.phase == "prefill" else len(batch.sequences)
-        tokens = self.sampler.sample(self.runner.run(batch), batch.sequences)
+        logits = self.runner.run(batch)
+        if batch.phase == "prefill":
+            self._read_prompts(batch.sequences, rows_of(logits, batch))
+        last = last_rows(logits, batch)
+        tokens = self.sampler.sample(last, batch.sequences)
+        for request, token, row in zip(batch.sequences, tokens, last.split(1), strict=True):
+            if request.params.logprobs is not None:
+                request.logprobs += logprobs(row, [token], request.params.logprobs)
         now = self.clock()
         self.steps.append(Step(phase=batch.phase, tokens_in=tokens_in, tokens_out=len(tokens), seconds=now - start))
         for request, token in zip(batch.sequences, tokens, strict=True):
             request.append(token, now)
             self._show(self._jobs[request.id], token, callback)
         self.scheduler.finish(r for r in batch.sequences if r.finish_reason)
+
+    def _read_prompts(self, requests: Sequence[Request], rows: Sequence[torch.Tensor]) -> None:
+        """Log-probabilities of prompt tokens, each once: a sequence that lost its cache is read again."""
+        for request, own in zip(requests, rows, strict=True):
+            known = len(request.prompt_logprobs)
+            if request.params.prompt_logprobs is not None and known < request.prompt_len:
+                tokens = request.prompt_ids[known:]  # row j is of token j + 1
+                found = logprobs(own[known - 1 : request.prompt_len - 1], tokens, request.params.prompt_logprobs)
+                request.prompt_logprobs += found
 
     def _show(self, job: _Job, token: int, callback: StreamCallback | None) -> None:
         request, params = job.request, job.request.params
@@ -209,4 +285,6 @@ class Engine:
             finish_reason=request.finish_reason,
             first_token_s=times[0] - request.arrived,
             token_s=[b - a for a, b in pairwise(times)],
+            logprobs=None if request.params.logprobs is None else request.logprobs,
+            prompt_logprobs=None if request.params.prompt_logprobs is None else request.prompt_logprobs,
         )

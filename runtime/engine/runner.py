@@ -1,7 +1,7 @@
 """From scheduled sequences to the graph's inputs, and the step itself.
 
-Enters a `Batch`; leaves logits [B, vocab]. Names and places (host or device) of the inputs are the manifest's; only
-those that a phase lists are passed.
+Enters a `Batch`; leaves logits [B, vocab], or of every token [T, vocab]. Names and places (host or device) of the
+inputs are the manifest's; only those that a phase lists are passed.
 
     caches = make_caches(manifest, {"N": 64})
     runner = Runner(manifest, executor, caches)
@@ -139,6 +139,8 @@ class Runner:
         self.upload = None if torch.device(device).type == "cpu" else Upload(device)
 
     def run(self, batch: Batch) -> torch.Tensor:
+        """Logits of each sequence's last token [B, vocab]; where the artifact has those of every token, of a prefill
+        all of them [T, vocab], one sequence after the other."""
         inputs = self.inputs(batch)
         if self.rows:
             self.rows.move(batch.moves)
@@ -167,6 +169,19 @@ class Runner:
             "slots": [slot(r.block_table, p, self.block_size) for r, p in zip(owners, positions, strict=True)],
             "block_tables": [r.block_table + [0] * (width - len(r.block_table)) for r in requests],
         }
+
+
+def rows_of(logits: torch.Tensor, batch: Batch) -> Sequence[torch.Tensor]:
+    """Each sequence's rows of a step's logits [n, vocab], the last of which says what follows it."""
+    every = batch.phase == "prefill" and len(logits) != len(batch.sequences)
+    return logits.split([len(r) for r in batch.sequences] if every else 1)
+
+
+def last_rows(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Logits of each sequence's last token [B, vocab] out of a step's logits."""
+    if len(logits) == len(batch.sequences):
+        return logits
+    return torch.cat([rows[-1:] for rows in rows_of(logits, batch)])
 
 
 def _prefill(requests: Sequence[Request]) -> dict[str, Any]:

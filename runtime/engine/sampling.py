@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from llmc.compiler.diagnostics import UserError
+from llmc.runtime.engine.logprobs import holds_nan
 
 GREEDY_TOP_K = 1
 HOLDS_NAN = -1  # no token
@@ -30,6 +31,9 @@ class SamplingParams:
     """How one request is sampled. The defaults are the original scripts': top_k 1, that is, greedy.
 
     top_k: 1 greedy, 0 or -1 off. top_p: 0 and 1 off. temperature: 0 greedy. seed None: a fresh one for each request.
+    logprobs, prompt_logprobs: of each token of the answer, of the prompt, its log-probability and rank and those of the
+    so many likeliest (0: its own alone; None: nothing), from raw logits, as in vLLM. The prompt's need an artifact with
+    the logits of every token.
     """
 
     max_tokens: int = 20
@@ -40,6 +44,8 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -65,9 +71,9 @@ class SamplingParams:
 
     def _in(self, name: str, ok: Any) -> bool:
         value = getattr(self, name)
-        if name == "seed" and value is None:
+        if name in MAY_BE_ABSENT and value is None:
             return True
-        kind = (int,) if name in ("max_tokens", "top_k", "seed") else (int, float)
+        kind = (int,) if name in ("max_tokens", "top_k", *MAY_BE_ABSENT) else (int, float)
         return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and ok(value)
 
     @property
@@ -79,6 +85,7 @@ class SamplingParams:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
 
+MAY_BE_ABSENT = ("seed", "logprobs", "prompt_logprobs")
 # Union of what the old server accepts (MindIE endpoint, infer_param.cpp) and the scripts' neutral defaults (top_p 0).
 RANGES: tuple[tuple[str, str, Any], ...] = (
     ("max_tokens", "1 to 2147483647", lambda v: 1 <= v < 2**31),
@@ -89,6 +96,8 @@ RANGES: tuple[tuple[str, str, Any], ...] = (
     ("presence_penalty", "within -2 and 2", lambda v: -2 <= v <= 2),
     ("frequency_penalty", "within -2 and 2", lambda v: -2 <= v <= 2),
     ("seed", "0 to 9223372036854775807, or absent", lambda v: 0 <= v < 2**63),
+    ("logprobs", "0 or more, or absent", lambda v: v >= 0),
+    ("prompt_logprobs", "0 or more, or absent", lambda v: v >= 0),
 )
 
 
@@ -131,10 +140,7 @@ class Sampler:
         best, tokens = logits.max(dim=-1)  # NaN for a row that holds one
         chosen: list[int] = tokens.masked_fill(best.isnan(), HOLDS_NAN).tolist()
         if HOLDS_NAN in chosen:
-            raise UserError(
-                f"the logits of row {chosen.index(HOLDS_NAN)} hold NaN",
-                hint="float16 overflow: try --dtype bfloat16 or float32; else damaged weights",
-            )
+            raise holds_nan(chosen.index(HOLDS_NAN))
         for i in scored:
             chosen[i] = self._sample_row(logits[i].float(), states[i])
         return chosen

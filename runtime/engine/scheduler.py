@@ -63,14 +63,14 @@ class Scheduler:
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def add(self, seq: Sequence) -> None:
-        """Queue a sequence; one that could never run is refused here."""
+    def add(self, seq: Sequence, *, answered: bool = True) -> None:
+        """Queue a sequence; one that could never run is refused here. `answered`: tokens follow the prompt."""
         if seq.prompt_len == 0:
             raise UserError("the prompt is empty: no token to start from", hint="give a text, or a tokenizer with bos")
-        if seq.prompt_len >= self.room.capacity:
+        if seq.prompt_len + answered > self.room.capacity:
             raise UserError(
-                f"the prompt has {seq.prompt_len} tokens, but a sequence can have {self.room.capacity} in all, "
-                f"the answer included",
+                f"the prompt has {seq.prompt_len} tokens, but a sequence can have {self.room.capacity} in all"
+                f"{', the answer included' if answered else ''}",
                 hint="shorten it, or enlarge the cache",
             )
         if seq.prompt_len > self.max_prefill_tokens:

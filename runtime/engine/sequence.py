@@ -11,6 +11,7 @@ from itertools import count
 
 import torch
 
+from llmc.runtime.engine.logprobs import Logprob
 from llmc.runtime.engine.sampling import SamplingParams, make_generator
 
 _ids = count()
@@ -28,6 +29,8 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     generator: torch.Generator | None = field(init=False)
     token_times: list[float] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)  # of the answer's tokens, where params ask
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=lambda: [None])  # nothing is before one
     finish_reason: str = ""  # "eos", "stop", "length", or "" while running
 
     def __post_init__(self) -> None:

@@ -374,6 +374,7 @@ CHOICES = {
     "device": ["atlas-800i-a2", "atlas-300i-duo", "host"],
     "dtype": [None, "bfloat16"],
     "attention": ["paged", "flash"],
+    "logits": ["last", "all"],
     "world_size": [1, 2],
     "backend": [None, "lccl", "hccl"],
     "fusions": [None, (), ("swiglu",), ("swiglu", "add_norm"), ("add_norm", "swiglu"), ("linear_all_reduce",)],
@@ -421,6 +422,7 @@ def test_artifacts_that_differ_have_different_default_names(tmp_path):
         ({"device": "atlas-300i-duo", "world_size": 2, "backend": "hccl"}, "atlas-300i-duo-float16-paged-tp2"),
         ({"fusions": ()}, "atlas-800i-a2-float16-paged-tp1-fuse-none"),
         ({"fusions": ("swiglu", "add_norm")}, "atlas-800i-a2-float16-paged-tp1-fuse-add_norm-swiglu"),
+        ({"logits": "all"}, "atlas-800i-a2-float16-paged-tp1-logits-all"),
         ({"layers_per_segment": 4}, "atlas-800i-a2-float16-paged-tp1-segment4"),
     ],
 )

@@ -119,6 +119,22 @@ def test_two_runs_of_two_and_three_ranks_at_once_answer_as_one_rank(model, alone
         assert tokens(out) == alone
 
 
+def test_log_probabilities_of_two_ranks_are_those_of_one(model, alone, start):
+    words = [*model, *IDS, "--json", "--logprobs", "1", "--prompt-logprobs", "2"]
+    found = []
+    for tp in ("1", "2"):
+        code, out, err = start(*words, "--tp", tp).end()
+        assert (code, err) == (0, "")
+        assert tokens(out) == alone
+        outputs = json.loads(out)["outputs"]
+        entries = [entry for o in outputs for key in ("logprobs", "prompt_logprobs") for entry in o[key] if entry]
+        assert [len(o["prompt_logprobs"]) for o in outputs] == [o["prompt_tokens"] for o in outputs]
+        found.append([one for entry in entries for one in entry])
+    one, two = ([said["logprob"] for said in entries] for entries in found)
+    assert two == pytest.approx(one, abs=1e-4)
+    assert len(one) > 20
+
+
 def test_under_torchrun_ranks_join_and_one_answers(model, alone, start):
     command = [*TORCHRUN, "--master-port", "20010", "-m", "llmc.run"]
     code, out, err = start(*model, *IDS, "--json", "--use-refactor", command=command).end()

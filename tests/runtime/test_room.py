@@ -52,6 +52,35 @@ def test_without_a_limit_the_cache_holds_the_batch_at_its_longest(attention):
     assert room(None, attention, positions=1024).sizes == {"N": 8 + 7 + 4 + 8, "B": 4, "S": 1024}
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_logits_of_every_token_need_room_for_every_token(size):
+    """float16 logits of 32000 tokens; over two ranks once in shares and once side by side."""
+    last, every = (
+        make_manifest(compile_model("llama2-13b", Options(world_size=size, logits=logits)))
+        for logits in ("last", "all")
+    )
+    assert (last["logits"], every["logits"]) == ("last", "all")
+
+    def grows(manifest: dict[str, Any], part: str) -> int:
+        """Bytes of a prefill of 4096 tokens above those of one of 64, where neither workspace is the least one."""
+        few, many = (
+            needed(manifest["memory"], tokens=n, batch=1, context=4096, positions=4096)[part] for n in (64, 4096)
+        )
+        return many - few
+
+    vocab = 32000 * 2
+    assert every["memory"]["activation_bytes_per_token"]["prefill"] >= vocab * size
+    assert grows(every, "step_tensors") - grows(last, "step_tensors") > 0.8 * vocab * (4096 - 64)
+    found = make_room(every, PROMPTS, answer=100, max_batch=4, positions=4096)
+    assert found.workspace >= 3000 * vocab * (size > 1)
+    limit = Limit(
+        usable=needed(last["memory"], tokens=3000, batch=4, context=1100, positions=4096, blocks=29)["total"],
+        source="--memory",
+    )
+    assert make_room(last, PROMPTS, answer=100, max_batch=4, positions=4096, limit=limit).note == ""
+    assert "blocks of cache" in make_room(every, PROMPTS, answer=100, max_batch=4, positions=4096, limit=limit).note
+
+
 @pytest.mark.parametrize("attention", ["paged", "flash"])
 def test_enough_memory_changes_nothing(attention):
     assert room(29, attention) == room(None, attention)

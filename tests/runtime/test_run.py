@@ -128,6 +128,9 @@ def test_a_small_cache_and_bfloat16_work(checkpoint, capsys):
         (["--chat"], "no chat template"),
         (["--load-tokenizer", "False"], "text needs a tokenizer"),
         (["--dtype", "float8"], "float8"),
+        (["--logits", "some"], "--logits some: expected last or all"),
+        (["--logits", "last", "--prompt-logprobs", "1"], "--logits last contradicts --prompt-logprobs"),
+        (["--prompt-logprobs", "1"], "--prompt-logprobs: log-probabilities are printed with --json"),
         (["--device", "gpu"], "gpu"),
         (["--load-tokenizer", "False", "--input-ids", "1", "--stop", "x"], "--stop compares text"),
         (["--input_dict", "[]", "--max_loras", "2"], "--max-loras 2: LoRA is not offered"),
@@ -172,6 +175,35 @@ def test_an_artifact_is_run_as_it_was_compiled(checkpoint, capsys, tmp_path):
     assert "nowhere is not a directory" in capsys.readouterr().err
     assert main([*words[:-1], "--device", "atlas-800i-a2"]) == 1
     assert "compiled for device host, and atlas-800i-a2 is asked for" in capsys.readouterr().err
+
+
+def test_log_probabilities_are_printed_and_ask_for_the_logits_they_need(checkpoint, capsys, tmp_path):
+    words = ["--input-ids", "1,5,9,2", "--ignore-eos", "--max-output-length", "3", "--json"]
+    assert run(checkpoint, *words) == 0
+    (plain,) = json.loads(capsys.readouterr().out)["outputs"]
+    assert (plain["logprobs"], plain["prompt_logprobs"]) == (None, None)
+    assert run(checkpoint, *words, "--logprobs", "2", "--prompt_logprobs", "0") == 0
+    (output,) = json.loads(capsys.readouterr().out)["outputs"]
+    assert output["token_ids"] == plain["token_ids"]
+    assert [entry[0]["token_id"] for entry in output["logprobs"]] == output["token_ids"]
+    assert [entry[0]["rank"] for entry in output["logprobs"]] == [1, 1, 1]  # greedy
+    assert [len(entry) for entry in output["logprobs"]] == [2, 2, 2]
+    first, *others = output["prompt_logprobs"]
+    assert first is None
+    assert [entry[0]["token_id"] for entry in others] == [5, 9, 2]
+    target = str(tmp_path / "built")
+    made = ["compile", str(checkpoint / "mine.yaml"), "--device", "host", "--dtype", "float32", "-o", target]
+    run_it = ["run", "--model-path", str(checkpoint), "--artifact", target, *words, "--prompt-logprobs", "0"]
+    assert main(made) == 0
+    assert main([*run_it, "--logprobs", "-1"]) == 1
+    assert "logprobs must be 0 or more" in capsys.readouterr().out
+    assert main(run_it) == 1
+    assert "compiled for logits last, and all is asked for" in capsys.readouterr().out
+    assert main([*made, "--logits", "all"]) == 0
+    capsys.readouterr()
+    assert main(run_it) == 0
+    (again,) = json.loads(capsys.readouterr().out)["outputs"]
+    assert again["prompt_logprobs"] == output["prompt_logprobs"]
 
 
 def test_an_artifact_of_another_epsilon_is_refused_although_all_shapes_agree(checkpoint, capsys, tmp_path):
