@@ -268,6 +268,13 @@ def bench_flags(p: argparse.ArgumentParser) -> None:
     add_flags(p, BENCH_FLAGS)
 
 
+def eval_flags(p: argparse.ArgumentParser) -> None:
+    from llmc.runtime.flags import EVAL_FLAGS, add_flags
+
+    p.usage = "llmc eval --model-path DIR --text FILE [flags; -h lists them]"
+    add_flags(p, EVAL_FLAGS)
+
+
 def demo_flags(p: argparse.ArgumentParser) -> None:
     from llmc.runtime.demo import add_demo_flags
 
@@ -466,6 +473,10 @@ def bench_command(args: argparse.Namespace) -> int:
     return _on_ranks(args, "llmc.runtime.measure.bench")
 
 
+def eval_command(args: argparse.Namespace) -> int:
+    return _on_ranks(args, "llmc.runtime.measure.evaluate")
+
+
 def demo_command(args: argparse.Namespace) -> int:
     _keep_backends_out()
     from llmc.runtime.demo import demo
@@ -498,6 +509,7 @@ COMMANDS: dict[str, tuple[Callable, Callable[[argparse.ArgumentParser], None], s
     "schema": (schema_command, lambda p: None, "print the JSON Schema of model files, for editors"),
     "run": (run_command, run_flags, "generate text with a checkpoint"),
     "bench": (bench_command, bench_flags, "time prefill and decode of a checkpoint, for cases and batches"),
+    "eval": (eval_command, eval_flags, "perplexity of a text, and other measures of a checkpoint's answers"),
     "demo": (demo_command, demo_flags, "fetch a small real model, compile it and answer a question on this machine"),
     "convert": (convert_command, convert_flags, "turn .bin or GGUF weights into a safetensors checkpoint"),
 }

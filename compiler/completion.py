@@ -75,7 +75,7 @@ VALUES: Mapping[str, Values] = {
     "fuse": fusions,
     "until": lambda **_: PASS_NAMES,
     **dict.fromkeys(("model_path", "artifact", "cache_dir", "allow_extends"), DirectoriesCompleter()),
-    **dict.fromkeys(("output", "html", "source", "input_file", "chat_template"), FilesCompleter()),
+    **dict.fromkeys(("output", "html", "source", "input_file", "text", "chat_template"), FilesCompleter()),
 }
 
 

@@ -268,6 +268,18 @@ BENCH_FLAGS: tuple[Flag, ...] = (
     *OUTPUT_FLAGS,
 )
 
+EVAL_FLAGS: tuple[Flag, ...] = (
+    *MODEL_FLAGS,
+    Flag("text", str, None, 'perplexity of this file: UTF-8 text, or .jsonl with a text or {"text": ...} a line', OURS),
+    Flag(
+        "window", positive, None, "tokens that are read together (default: the model's positions, 2048 at most)", OURS
+    ),
+    Flag("stride", positive, None, "tokens from one window to the next (default: the window, so none overlap)", OURS),
+    Flag("batch_size", positive, None, "sequences at a time (default: windows one by one)", OURS),
+    *(flag for flag in ROOM_FLAGS if flag.name in ("max_prefill_tokens", "num_blocks", "memory")),
+    *OUTPUT_FLAGS,
+)
+
 # Values that can be honoured; anything else is refused. name -> (values, reason)
 NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "num_beams": ((1,), "beam search is not offered; use sampling (--temperature, --top-k, --top-p)"),

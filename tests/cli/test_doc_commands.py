@@ -82,6 +82,7 @@ def place(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(ROOT / "graphs", folder / "graphs")
+    shutil.copy(ROOT / "README.md", folder)
     torch.manual_seed(0)
     narrow = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = AutoConfig.from_pretrained(demo_weights(), num_hidden_layers=2, head_dim=16, **narrow)
