@@ -29,6 +29,7 @@ WORKS = {  # each command, as it ends well; {} is the checkpoint
 RUNS = {  # these compute
     "run": "run --model-path {} --graph {}/mine.yaml --max-output-length 2",
     "bench": "bench --model-path {} --graph {}/mine.yaml --cases [[4,2]] --repeats 1",
+    "eval": "eval --model-path {} --graph {}/mine.yaml --text {}/mine.yaml",
     "demo": "demo question --max-output-length 2 --cache-dir {}",
     "convert": "convert {}/bin -o {}/converted",
 }
