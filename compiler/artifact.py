@@ -31,6 +31,7 @@ from llmc.compiler.listing import operations
 from llmc.compiler.manifest import problems
 from llmc.compiler.passes.phase import PHASES
 from llmc.compiler.passes.segment import Segment, written
+from llmc.compiler.passes.tap import described
 from llmc.compiler.sharding import Split, named
 
 FORMAT = 4  # of the manifest; raise when a reader of the old one would misunderstand the new one
@@ -51,7 +52,7 @@ class Artifact:
 
 def default_name(compiled: Compiled) -> str:
     """`llama2-7b-atlas-800i-a2-float16-paged-tp2`, and behind it each option that makes another artifact of it:
-    `-logits-all`, `-hccl`, `-fuse-swiglu`, `-fuse-none`, `-segment4`."""
+    `-logits-all`, `-hccl`, `-fuse-swiglu`, `-fuse-none`, `-segment4`, `-taps-1f0c94a2` (a hash of the patterns)."""
     o = compiled.options
     name = f"{compiled.model.name}-{o.device}-{compiled.dtype}-{o.attention}-tp{o.world_size}"
     if o.logits != "last":
@@ -60,7 +61,9 @@ def default_name(compiled: Compiled) -> str:
         name += f"-{o.backend}"
     if any(set(o.fusions_of(phase)) != set(o.target.fusions[phase]) for phase in PHASES):
         name += "-".join(["-fuse", *(sorted(set(o.fusions or ())) or ["none"])])
-    return f"{name}-segment{o.layers_per_segment}" if o.layers_per_segment else name
+    if o.layers_per_segment:
+        name += f"-segment{o.layers_per_segment}"
+    return f"{name}-taps-{_sha256(','.join(sorted(set(o.taps))))[:8]}" if o.taps else name
 
 
 def files_of(compiled: Compiled) -> dict[str, str]:
@@ -110,7 +113,11 @@ def make_manifest(compiled: Compiled) -> dict[str, Any]:
     # An input of both phases has prefill's shape, the general one: in decode T is B.
     tensors = {name: t for low in reversed(list(compiled.lowered.values())) for name, t in low.tensors.items()}
     roles = {role: {n: t for n, t in tensors.items() if t.role == role} for role in ("input", "constant", "cache")}
-    splits = named([split for w in graph.weights.values() for split in w.type.shard.splits])
+    lying = [
+        *(w.type for w in graph.weights.values()),
+        *(t for g in compiled.tapped.values() for t in g.types.values()),
+    ]
+    splits = named([split for t in lying for split in t.shard.splits])
     return {
         "format": FORMAT,
         "generator": f"llmc {version('llmc')}",
@@ -144,17 +151,19 @@ def make_manifest(compiled: Compiled) -> dict[str, Any]:
             for split, name in splits.items()
         },
         "memory": compiled.memory,
-        "phases": {phase: _phase(compiled, phase) for phase in compiled.segments},
+        "phases": {phase: _phase(compiled, phase, splits) for phase in compiled.segments},
     }
 
 
-def _phase(compiled: Compiled, phase: str) -> dict[str, Any]:
+def _phase(compiled: Compiled, phase: str, splits: Mapping[Split, str]) -> dict[str, Any]:
     low = compiled.lowered[phase]
+    taps = {"taps": described(compiled.tapped[phase], splits)} if compiled.tapped else {}
     return {
         "module": f"{phase}.py",
         "inputs": [n for n in low.inputs if low.tensors[n].role == "input"],
         "outputs": {n: _describe(low.tensors[n]) for n in low.outputs},
         "operations": operations([group for part in compiled.segments[phase] for group in part.groups]),
+        **taps,
         "segments": [
             _segment(part, graph_name(compiled.model.name, phase, i)) for i, part in enumerate(compiled.segments[phase])
         ],

@@ -159,6 +159,11 @@ def make_parser(words: Sequence[str]) -> Parser:
 def compile_flags(p: argparse.ArgumentParser) -> None:
     graph_flags(p)
     p.add_argument("-o", "--output", type=Path, help="directory to write (default: build/<model>-<device>-...)")
+    p.add_argument(
+        "--taps",
+        metavar="LIST",
+        help="nodes whose values leave the graph too, comma separated: layers.3.*, * for all (see llmc trace)",
+    )
     p.add_argument("--until", metavar="PASS", default="", help="stop after this pass and write nothing")
     p.add_argument("--print", action="store_true", help="print the graph after the last pass")
 
@@ -302,6 +307,7 @@ def _options(args: argparse.Namespace) -> Any:
         allow_extends=tuple(args.allow_extends),
         fusions=fusions,
         layers_per_segment=args.layers_per_segment,
+        taps=tuple(word for word in (getattr(args, "taps", None) or "").split(",") if word),
     )
 
 

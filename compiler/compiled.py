@@ -23,6 +23,7 @@ class Compiled:
     dtype: str
     graph: Graph
     phases: Mapping[str, Any]  # phase -> result of the last pass that ran
+    tapped: Mapping[str, Graph] = field(default_factory=dict)  # with `taps`: the model graph as it was lowered
     lowered: Mapping[str, AtbGraph] = field(default_factory=dict)
     segments: Mapping[str, tuple[Segment, ...]] = field(default_factory=dict)
     memory: Mapping[str, Any] = field(default_factory=dict)  # what one rank holds: `memory_plan`

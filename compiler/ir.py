@@ -158,6 +158,7 @@ class Graph:
     phase: str = ""  # "" before the split, then "prefill" or "decode"
     world_size: int = 1  # of the sharding that the types say
     repeats: Mapping[str, Repeat] = field(default_factory=dict)  # by the name of the repeat
+    tapped: tuple[str, ...] = ()  # outputs that are there to be looked at (passes/tap.py): each rank gives its share
 
     @cached_property
     def by_name(self) -> Mapping[str, Node]:

@@ -94,14 +94,35 @@ OPERATION = {
     "views": {TEXT: TEXT},
     "outs": [[TEXT]],
 }
+ROWS = {"groups": SIZE, "stride": SIZE, "offset": COUNT, "size": SIZE}
+TAP = {
+    "name": TEXT,
+    "node": TEXT,
+    "op": TEXT,
+    "place": TEXT,
+    "dtype": DTYPE,
+    "shape": [(SIZE, SYMBOL)],
+    "shard": one_of("R", "S(0)", "S(1)", "P"),
+    "splits": [TEXT],
+    "reads": [TEXT],
+    "head_dim": (NOTHING, SIZE),
+    "stands_for": (
+        NOTHING,
+        {
+            "what": one_of("output", "input", "rope", "activation"),
+            "argument": TEXT,
+            "parts": [{"tensor": TEXT, "rows": (NOTHING, ROWS)}],
+        },
+    ),
+}
 PHASE = {
     "module": MODULE,
     "inputs": [TEXT],
     "outputs": {TEXT: TENSOR},
     "operations": [OPERATION],
+    "taps?": [TAP],
     "segments": [SEGMENT],
 }
-ROWS = {"groups": SIZE, "stride": SIZE, "offset": COUNT, "size": SIZE}
 WEIGHT = {
     "sources": [{"tensor": TEXT, "shape": [SIZE], "rows": (NOTHING, ROWS)}],
     "axis": whole("0 or 1", 0, 1),
@@ -356,6 +377,9 @@ def _flow(at: str, facts: Mapping[str, Any], m: Mapping[str, Any]) -> Iterator[s
     for name in ("logits", *facts["outputs"]):
         if name not in there:
             yield f"{at}.segments: no segment makes {shorten(name)!r}"
+    for i, tap in enumerate(facts.get("taps", ())):
+        if tap["name"] not in there or any(name not in m["splits"] for name in tap["splits"]):
+            yield f"{at}.taps[{i}]: no segment makes {shorten(tap['name'])!r}, or its splits are unknown"
     for i, operation in enumerate(facts["operations"]):
         if any(len(out) != 2 for out in operation["outs"]):
             yield f"{at}.operations[{i}].outs: expected pairs of name and type"

@@ -26,6 +26,7 @@ class Options:
     backend: str | None = None  # of collectives
     fusions: tuple[str, ...] | None = None
     layers_per_segment: int = 0
+    taps: tuple[str, ...] = ()  # patterns of node names whose values leave the graph too (passes/tap.py)
     allow_unsupported: bool = False  # compile also what `support:` does not offer
     allow_extends: tuple[str, ...] = ()  # folders outside the model's whose files may be extended
 

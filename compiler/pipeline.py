@@ -24,6 +24,7 @@ from llmc.compiler.passes.lower import lower
 from llmc.compiler.passes.phase import PHASES, split_phase
 from llmc.compiler.passes.segment import segment
 from llmc.compiler.passes.shard import split_over_ranks
+from llmc.compiler.passes.tap import check_taps, tap
 from llmc.compiler.passes.types import apply_dtypes, infer_types, with_dtype
 from llmc.compiler.verify import verify
 
@@ -42,6 +43,10 @@ def parallel(name: str, graph: Graph, options: Options) -> bool:
     return options.ranks != 1
 
 
+def tapped(name: str, graph: Graph, options: Options) -> bool:
+    return bool(options.taps)
+
+
 def fused(name: str, graph: Graph, options: Options) -> bool:
     return name in options.fusions_of(graph.phase)
 
@@ -58,6 +63,7 @@ PHASE_PASSES = (  # for prefill, then for decode
     Pass("add_norm", lambda g, o: fuse_add_norm(g),                  "residual add and norm in one operation", fused),
     Pass("linear_all_reduce", lambda g, o: fuse_linear_all_reduce(g, o.target.chip, o.fused_backend),
                                                                      "product and sum over ranks in one", fused),
+    Pass("tap",      lambda g, o: tap(g, o.taps),                    "values of the inside that leave it", tapped),
     Pass("lower",    lambda g, o: lower(g, o.attention, o.backend or "", o.target), "operators become ATB operations"),
     Pass("segment",  lambda g, o: segment(g, o.layers_per_segment),  "graphs that fit libatb's limits"),
 )
@@ -72,6 +78,7 @@ def compile_model(path: str, options: Options, *, until: str = "", every_layer: 
     of the time; the graphs then hold the layers that differ (`Graph.repeats`)."""
     if until and until not in PASS_NAMES:
         raise UserError(f"unknown pass {until!r}", hint=f"one of {', '.join(PASS_NAMES)}")
+    every_layer = every_layer or bool(options.taps)  # layers that are tapped differ from those that are not
     model = load_model(path, options.allow_extends, every_layer=every_layer)
     try:
         return _run(model, check_options(model, options), until)
@@ -93,7 +100,9 @@ def _run(model: Model, options: Options, until: str) -> Compiled:
             graph = step.run(graph, options)
             verify(graph, target.chip)
         done = step.name == until
+    check_taps(graph, options.taps)
     phases: dict[str, Any] = {"model": graph} if done else {}
+    taps: dict[str, Graph] = {}
     lowered: dict[str, AtbGraph] = {}
     for phase in () if done else PHASES:
         result: Any = split_phase(graph, phase, options.logits)
@@ -102,6 +111,8 @@ def _run(model: Model, options: Options, until: str) -> Compiled:
             if step.when(step.name, result, options):
                 result = step.run(result, options)
                 verify(result, target.chip)
+            if step.name == "tap" and options.taps:
+                taps[phase] = result
             if isinstance(result, AtbGraph):
                 lowered[phase] = result
             if step.name == until:
@@ -114,6 +125,7 @@ def _run(model: Model, options: Options, until: str) -> Compiled:
         dtype=graph.dtype,
         graph=graph,
         phases=phases,
+        tapped=taps,
         lowered=lowered,
         segments=phases if until in ("", "segment") else {},
     )

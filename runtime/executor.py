@@ -21,6 +21,8 @@ from llmc.compiler.atb.collective import domain_problem, lccl_port
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.stream import Mark
 
+Tap = Callable[[str, torch.Tensor], None]  # name in the manifest, this rank's share as ATB shapes it
+
 
 class Executor:
     """The operations of both phases of one artifact, and the tensors that every step reads.
@@ -75,7 +77,7 @@ class Executor:
                 for operation, part, done in zip(operations, segments, last_reads(segments), strict=True)
             ]
 
-    def run(self, phase: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def run(self, phase: str, inputs: Mapping[str, torch.Tensor], tap: Tap | None = None) -> torch.Tensor:
         """One step. `inputs`: the phase's inputs by name; a cache given here stands in for the one of that name (flash
         attention runs on some rows of its caches). Returns logits [B, vocab], which the device may still work on; in a
         prefill [T, vocab] where the artifact has those of every token.
@@ -89,6 +91,7 @@ class Executor:
         missing = [name for name in self.manifest["phases"][phase]["inputs"] if name not in inputs]
         if missing:
             raise UserError(f"{phase} needs the inputs {', '.join(missing)}")
+        tapped = {entry["name"] for entry in self.manifest["phases"][phase].get("taps", ())}
         self.queued.wait()
         self.inputs = inputs  # calls that are queued hold addresses, not tensors
         live: dict[str, torch.Tensor] = {**self.tensors, **inputs}
@@ -97,6 +100,9 @@ class Executor:
                 for operation, names, outputs, done in self.phases[phase]:
                     results = operation.forward([live[name] for name in names])
                     live.update(zip(outputs, results, strict=True))
+                    for name in outputs:
+                        if tap and name in tapped:
+                            tap(name, live[name])
                     for name in done:
                         del live[name]
         finally:

@@ -379,6 +379,7 @@ CHOICES = {
     "backend": [None, "lccl", "hccl"],
     "fusions": [None, (), ("swiglu",), ("swiglu", "add_norm"), ("add_norm", "swiglu"), ("linear_all_reduce",)],
     "layers_per_segment": [0, 1, 2],
+    "taps": [(), ("embed",), ("norm", "embed")],
     "allow_unsupported": [True],  # what is refused, not what is made; so the next
     "allow_extends": [()],
 }
