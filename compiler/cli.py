@@ -266,6 +266,14 @@ def run_flags(p: argparse.ArgumentParser) -> None:
     add_flags(p, RUN_FLAGS)
 
 
+def trace_flags(p: argparse.ArgumentParser) -> None:
+    from llmc.runtime.flags import TRACE_FLAGS, add_flags
+
+    p.usage = "llmc trace --model-path DIR [--input-ids 5,6,7] [--against DIR | --dump DIR] [flags; -h lists them]"
+    p.epilog = "The exit code is 1 where a value leaves its error budget. Flags may also be written with _."
+    add_flags(p, TRACE_FLAGS)
+
+
 def bench_flags(p: argparse.ArgumentParser) -> None:
     from llmc.runtime.flags import BENCH_FLAGS, add_flags
 
@@ -475,6 +483,10 @@ def _on_ranks(args: argparse.Namespace, module: str) -> int:
     return ranks.join(place, work, lambda error: report(error, args.json)) if place else work(None)
 
 
+def trace_command(args: argparse.Namespace) -> int:
+    return _on_ranks(args, "llmc.runtime.measure.trace")
+
+
 def bench_command(args: argparse.Namespace) -> int:
     return _on_ranks(args, "llmc.runtime.measure.bench")
 
@@ -514,6 +526,7 @@ COMMANDS: dict[str, tuple[Callable, Callable[[argparse.ArgumentParser], None], s
     "env": (env_command, env_flags, "print the environment variables of a device, with a word on each"),
     "schema": (schema_command, lambda p: None, "print the JSON Schema of model files, for editors"),
     "run": (run_command, run_flags, "generate text with a checkpoint"),
+    "trace": (trace_command, trace_flags, "compare with transformers value by value: the first node that errs"),
     "bench": (bench_command, bench_flags, "time prefill and decode of a checkpoint, for cases and batches"),
     "eval": (eval_command, eval_flags, "perplexity of a text, and other measures of a checkpoint's answers"),
     "demo": (demo_command, demo_flags, "fetch a small real model, compile it and answer a question on this machine"),

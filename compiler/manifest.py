@@ -109,7 +109,7 @@ TAP = {
     "stands_for": (
         NOTHING,
         {
-            "what": one_of("output", "input", "rope", "activation"),
+            "what": one_of("output", "embedding", "input", "rope", "activation"),
             "argument": TEXT,
             "parts": [{"tensor": TEXT, "rows": (NOTHING, ROWS)}],
         },

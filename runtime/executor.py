@@ -58,6 +58,9 @@ class Executor:
             atb.use_chip(self.manifest["chip"])
         self.queued = Mark("cpu" if on_host else "npu")
         self.inputs: Mapping[str, torch.Tensor] = {}
+        self.atb = atb
+        self.group: dict[str, Any] = {"rank": rank, "comm_domain": comm_domain, "rank_table_file": rank_table_file}
+        self.tap: Tap | None = None  # is given each tapped value when the segment that makes it has been called
         ranks = (rank, self.manifest["world_size"], comm_domain, rank_table_file)
         self.phases: dict[str, list[tuple[Any, list[str], list[str], list[str]]]] = {}
         for phase, entry in self.manifest["phases"].items():
@@ -77,7 +80,11 @@ class Executor:
                 for operation, part, done in zip(operations, segments, last_reads(segments), strict=True)
             ]
 
-    def run(self, phase: str, inputs: Mapping[str, torch.Tensor], tap: Tap | None = None) -> torch.Tensor:
+    def with_artifact(self, artifact: Artifact) -> Executor:
+        """The same tensors under other code of the same model: with other taps."""
+        return Executor(artifact, self.atb, weights=self.tensors, constants={}, caches={}, **self.group)
+
+    def run(self, phase: str, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """One step. `inputs`: the phase's inputs by name; a cache given here stands in for the one of that name (flash
         attention runs on some rows of its caches). Returns logits [B, vocab], which the device may still work on; in a
         prefill [T, vocab] where the artifact has those of every token.
@@ -101,8 +108,8 @@ class Executor:
                     results = operation.forward([live[name] for name in names])
                     live.update(zip(outputs, results, strict=True))
                     for name in outputs:
-                        if tap and name in tapped:
-                            tap(name, live[name])
+                        if self.tap and name in tapped:
+                            self.tap(name, live[name])
                     for name in done:
                         del live[name]
         finally:

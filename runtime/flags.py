@@ -268,6 +268,26 @@ BENCH_FLAGS: tuple[Flag, ...] = (
     *OUTPUT_FLAGS,
 )
 
+TRACE_FLAGS: tuple[Flag, ...] = (
+    *MODEL_FLAGS,
+    Flag("fuse", str, None, "fusions to apply, comma separated, or none (default: the device's)", OURS),
+    *(flag for flag in INPUT_FLAGS if flag.name != "max_output_length"),
+    Flag("decode_steps", int, None, "tokens at the end of each prompt that are read one by one (default 2)", OURS),
+    Flag("reference", str, None, "another checkpoint for transformers to compare with (default: the same)", OURS),
+    Flag("against", str, None, "compare with a dump, or with another artifact (compiled with --taps)", OURS),
+    Flag("dump", str, None, "write the values to this directory; needs no transformers, compares nothing", OURS),
+    Flag(
+        "at_once",
+        whole,
+        None,
+        "layers looked into at a time, where the error begins (default: all, or what fits the memory; 0: all)",
+        OURS,
+    ),
+    Flag("map", None, False, "print what of transformers each value stands for", OURS),
+    *(flag for flag in ROOM_FLAGS if flag.name in ("batch_size", "max_prefill_tokens", "num_blocks", "memory")),
+    *OUTPUT_FLAGS,
+)
+
 EVAL_FLAGS: tuple[Flag, ...] = (
     *MODEL_FLAGS,
     Flag("text", str, None, 'perplexity of this file: UTF-8 text, or .jsonl with a text or {"text": ...} a line', OURS),

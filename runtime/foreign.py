@@ -51,16 +51,19 @@ def no_questions() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No warnings about files of which we say ourselves what is wrong."""
+    """No warnings about files of which we say ourselves what is wrong, and no bars beside ours."""
     from transformers.utils import logging as transformers_logging
 
     logger = logging.getLogger("transformers")
-    level = logger.level
+    level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def is_failure(error: BaseException) -> bool:

@@ -260,6 +260,31 @@ class Team:
             raise Gone(str(error)) from None
         return int(shared)
 
+    def gather(self, value: Any) -> list[Any] | None:
+        """What every rank gives, in order, on rank 0; None elsewhere."""
+        import torch.distributed as dist
+
+        if self.alone:
+            return [value]
+        found: list[Any] | None = [None] * self.place.world_size if self.place.rank == 0 else None
+        try:
+            dist.gather_object(value, found)
+        except RuntimeError as error:
+            raise Gone(str(error)) from None
+        return found
+
+    def tell(self, value: Any) -> Any:
+        """What rank 0 has, on every rank."""
+        import torch.distributed as dist
+
+        told = [value]
+        try:
+            if not self.alone:
+                dist.broadcast_object_list(told)
+        except RuntimeError as error:
+            raise Gone(str(error)) from None
+        return told[0]
+
     def sampler(self, sampler: Samples) -> Samples:
         """Rank 0's choice, on every rank."""
         return sampler if self.alone else SharedSampler(sampler, self.place.rank)

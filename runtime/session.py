@@ -159,9 +159,14 @@ def checkpoint_config(args: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def make_artifact(
-    args: argparse.Namespace, config: Mapping[str, Any], cleanup: contextlib.ExitStack, team: Team | None
+    args: argparse.Namespace,
+    config: Mapping[str, Any],
+    cleanup: contextlib.ExitStack,
+    team: Team | None,
+    **chosen: Any,
 ) -> artifacts.Artifact:
-    """The artifact given, or one compiled now for the checkpoint into a directory that ends with the run."""
+    """The artifact given, or one compiled now for the checkpoint into a directory that ends with the run. `chosen`:
+    other options of the compilation."""
     world_size = team.place.world_size if team else None if args.tp == -1 else args.tp
     config_path = str(Path(args.model_path) / "config.json")
     if args.artifact is not None:
@@ -182,6 +187,7 @@ def make_artifact(
         backend=args.backend or (npu.backend(one_host=team is None or team.place.one_host) if ask else None),
         allow_unsupported=args.allow_unsupported,
         allow_extends=allow_extends,
+        **chosen,
     )
     target = Path(cleanup.enter_context(temporary_directory())) / "artifact"
     artifacts.write(compile_model(graph, options, every_layer=False), target)

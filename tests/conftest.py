@@ -15,6 +15,7 @@ NEEDS = {
     "hostatb": ["torch"],
     "runtime": ["torch", "transformers"],
     "models": ["torch", "transformers"],
+    "measure": ["torch", "transformers"],
     "ranks": ["torch", "transformers", "processes"],
     "picture": ["browser"],
 }

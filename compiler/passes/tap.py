@@ -101,6 +101,7 @@ def stands_for(graph: Graph, value: str) -> dict[str, Any] | None:
 
     output      of the modules of these tensors, one after the other; of each the columns that its rows of the tensor
                 make (a packed linear, or a part of one)
+    embedding   output of the module with this table, which may be that of a head too
     input       of the module of this tensor: what a node with that weight reads (so attention's result is the input of
                 o_proj, and a residual sum that of a norm)
     rope        the first (q) or second (k) result of `apply_rotary_pos_emb` in the module that holds these tensors'
@@ -131,7 +132,7 @@ def _made_by_weight(graph: Graph, node: Node, value: str) -> dict[str, Any] | No
     sources = node.weights["weight"].sources
     if node.op == "add_rms_norm" and value != node.value("y"):
         return _said("input", sources)
-    return _said("output", sources)
+    return _said("embedding" if node.op == "embedding" else "output", sources)
 
 
 def _sources(graph: Graph, value: str) -> Sequence[Source]:

@@ -28,6 +28,7 @@ WORKS = {  # each command, as it ends well; {} is the checkpoint
 }
 RUNS = {  # these compute
     "run": "run --model-path {} --graph {}/mine.yaml --max-output-length 2",
+    "trace": "trace --model-path {} --graph {}/mine.yaml --input-ids 5,6,7",
     "bench": "bench --model-path {} --graph {}/mine.yaml --cases [[4,2]] --repeats 1",
     "eval": "eval --model-path {} --graph {}/mine.yaml --text {}/mine.yaml",
     "demo": "demo question --max-output-length 2 --cache-dir {}",
@@ -53,6 +54,7 @@ USAGE = {  # wrong usage: the likely way out, or a word of the message
     "run": "--model-path is needed",
     "run --model-path x --temperature hot": "'hot'",
     "run --model-path x --num-bemas 2": "did you mean '--num-beams'?",
+    "trace": "--model-path is needed",
     "bench": "--model-path is needed",
     "bench --model-path x --repeats 0": "'0' is not a whole number",
     "demo --max-output-length 0": "'0' is not a whole number",
@@ -71,6 +73,10 @@ REFUSED = {  # what the user can mend: code 1
     "env --device atlas-900": "atlas-900",
     "run --model-path nowhere": "nowhere",
     "run --model-path nowhere --num-beams 2": "beam search",
+    "trace --model-path nowhere": "nowhere",
+    "trace --model-path nowhere --decode-steps=-2": "--decode-steps -2",
+    "trace --model-path nowhere --dump a --against b": "--dump and --against",
+    "trace --model-path nowhere --against b": "nowhere",
     "convert nowhere": "nowhere",
 }
 
