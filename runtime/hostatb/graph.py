@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -29,6 +30,7 @@ from llmc.runtime.hostatb.operation import Core, Operation, Plan, Single, curren
 from llmc.runtime.hostatb.rewrites import rewrite
 from llmc.runtime.hostatb.step import Step
 from llmc.runtime.hostatb.straight import straight_line
+from llmc.runtime.hostatb.watch import clock_of, is_watched, tell
 
 ReshapeFunc = Callable[[list[int]], Sequence[int]]
 Compiler = Callable[..., Callable[[Sequence[Tensor]], list[Tensor]] | None]  # as `straight_line`, where it can
@@ -98,15 +100,20 @@ class GraphOperation:
         for step in steps:
             outs.update(zip(step.outputs, step.outs, strict=True))
         ends: Any = {"inputs": self.input_num, "outputs": self.output_num, "located": self._refused}
-        runs: dict[bool, Callable[[Sequence[Tensor]], list[Tensor]]] = {}
+        made: dict[bool, Sequence[Step]] = {}
+        runs: dict[tuple[bool, bool], Callable[[Sequence[Tensor]], list[Tensor]]] = {}
         shows = next((i for i in sorted(self.device) if ins[i].elements), None)  # all tensors of the device lie on it
 
         def run(tensors: Sequence[Tensor]) -> list[Tensor]:
             on_cpu = shows is None or tensors[shows].is_cpu
-            if on_cpu not in runs:  # what rewrites know is measured on CPUs; CUDA tensors take the plain kernels
-                compiled = self.compiler(steps, **ends) if self.compiler and on_cpu else None
-                runs[on_cpu] = compiled or straight_line(rewrite(steps) if on_cpu else steps, **ends)
-            return runs[on_cpu](tensors)
+            way = on_cpu, is_watched()
+            if way not in runs:
+                if on_cpu not in made:  # what rewrites know is measured on CPUs; CUDA tensors take the plain kernels
+                    made[on_cpu] = rewrite(steps) if on_cpu else steps
+                compiled = self.compiler(steps, **ends) if self.compiler and on_cpu and not is_watched() else None
+                clock, stopped = clock_of(on_cpu) if is_watched() else None, partial(tell, self.name, made[on_cpu])
+                runs[way] = compiled or straight_line(made[on_cpu], **ends, clock=clock, stopped=stopped)
+            return runs[way](tensors)
 
         return Plan(outs=tuple(outs[i] for i in range(first, last)), run=run)
 
@@ -150,6 +157,7 @@ class GraphOperation:
                     ),
                     fills=fills,
                     frees=dead[k],
+                    nodes=(k,),
                 )
             )
             descs.update(zip(node.outputs, plan.outs, strict=True))

@@ -95,6 +95,7 @@ def merged(steps: Sequence[Step], inputs: Sequence[tuple[int, int]], outputs: Se
         outputs=tuple(written),
         stores=(False,) * len(outputs),
         frees=tuple(slot for slot in dead if slot in (*read, *written)),
+        nodes=tuple(node for step in steps for node in step.nodes),
     )
 
 

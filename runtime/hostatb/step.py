@@ -47,6 +47,7 @@ class Step:
     stores    per output: True if it overwrites a graph input, so that the caller's memory must change
     frees     slots that nothing reads later
     code      the same as text, where a rewrite knows it: then `run` is not called
+    nodes     the graph's nodes that it computes, by number
     """
 
     core: Core
@@ -61,3 +62,4 @@ class Step:
     fills: Mapping[int, int] = field(default_factory=dict)
     frees: tuple[int, ...] = ()
     code: Code | None = None
+    nodes: tuple[int, ...] = ()

@@ -24,14 +24,25 @@ Shape = tuple[int, ...]
 
 
 def straight_line(
-    steps: Sequence[Step], *, inputs: int, outputs: int, located: Callable[[Step, AtbError], AtbError]
+    steps: Sequence[Step],
+    *,
+    inputs: int,
+    outputs: int,
+    located: Callable[[Step, AtbError], AtbError],
+    clock: Callable[[], int] | None = None,
+    stopped: Callable[[list[int]], None] | None = None,
 ) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-    """Slots are local variables `s0`, `s1`, ...; kernels are `k0`, ... `located` adds the node to a refusal."""
+    """Slots are local variables `s0`, `s1`, ...; kernels are `k0`, ... `located` adds the node to a refusal. With a
+    clock the function reads it at its start and behind each step, and hands the list to `stopped`."""
     line = _Line(steps, inputs, outputs)
     line.names |= {"AtbError": AtbError, "undefined": undefined, "derived": derived, "steps": steps, "located": located}
-    head = ["def run(tensors):", " at = 0", f" {_tuple('s', range(inputs))} = tensors", " try:"]
-    body = [f"  {text}" for number, step in enumerate(steps) for text in line.of(number, step)]
+    line.names |= {"watch_clock": clock, "watch_ends": stopped}
+    head = ["def run(tensors):", " at = 0", f" {_tuple('s', range(inputs))} = tensors"]
+    head += [" watched = [watch_clock()]"] * bool(clock) + [" try:"]
+    behind = ["watched.append(watch_clock())"] if clock else []
+    body = [f"  {text}" for number, step in enumerate(steps) for text in (*line.of(number, step), *behind)]
     tail = [" except AtbError as error:", "  raise located(steps[at], error) from None"]
+    tail += [" watch_ends(watched)"] * bool(clock)
     tail.append(f" return [{', '.join(line.result(slot) for slot in range(inputs, inputs + outputs))}]")
     # Compiled first: an interrupt inside exec of a text makes Python exit as if nobody had caught it.
     exec(compile("\n".join([*head, *body, *tail]), "<straight>", "exec"), line.names)
