@@ -22,8 +22,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -216,6 +218,29 @@ def synchronize() -> None:
     import torch
 
     torch.npu.synchronize()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def profiled(folder: Path, steps: int) -> Iterator[Callable[[], None]]:
+    """torch_npu's profiler around what runs inside, of at most so many steps; what it yields is called behind each
+    step. Its files are in `folder` afterwards (hiascend.com, Ascend PyTorch Profiler). libatb reports kernels at level
+    0 and their tensors at level 1 (ops_runner.cpp, ReportMsprofInfo)."""
+    p = _module("torch_npu").profiler
+    settings = p._ExperimentalConfig(
+        profiler_level=p.ProfilerLevel.Level1, aic_metrics=p.AiCMetrics.PipeUtilization, l2_cache=False
+    )
+    with p.profile(
+        activities=[p.ProfilerActivity.CPU, p.ProfilerActivity.NPU],
+        schedule=p.schedule(wait=0, warmup=0, active=steps, repeat=1, skip_first=0),
+        on_trace_ready=p.tensorboard_trace_handler(str(folder)),
+        experimental_config=settings,
+    ) as profile:
+
+        def ended() -> None:
+            synchronize()
+            profile.step()
+
+        yield ended
 
 
 def _module(name: str) -> ModuleType:

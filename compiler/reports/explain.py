@@ -201,6 +201,22 @@ def stages(compiled: Compiled, phase: str) -> Stages:
     return found
 
 
+def operations_of(compiled: Compiled, phase: str, steps: Stages) -> dict[str, list[str]]:
+    """Node of the fused graph -> the names of its ATB operations."""
+    found: dict[str, list[str]] = {}
+    for node in compiled.lowered[phase].nodes:
+        if mine := owner(steps[-1][2], node.name):
+            found.setdefault(mine.name, []).append(node.name)
+    return found
+
+
+def operations_by_node(compiled: Compiled, phase: str) -> dict[str, list[str]]:
+    """Node of the model -> the names of the ATB operations that compute it, alone or with others."""
+    steps = stages(compiled, phase)
+    done_by = operations_of(compiled, phase, steps)
+    return {node.name: done_by.get(became(steps, node.name)[1], []) for node in compiled.graph.nodes}
+
+
 def _successor(before: Graph, after: Graph, name: str) -> str:
     """The node that a pass made in place of `name`: the nearest neighbour, over nodes that went as well, with another
     operator than before; "" where nothing replaces it."""

@@ -36,7 +36,7 @@ from llmc.compiler.listing import LAYER, in_layer, plain_param, show_plain_tenso
 from llmc.compiler.memory import cached_bytes, known_bytes
 from llmc.compiler.ops import OPS
 from llmc.compiler.passes.segment import Segment, why_it_ends
-from llmc.compiler.reports.explain import Stages, became, owner, plain, stages
+from llmc.compiler.reports.explain import Stages, became, operations_of, plain, stages
 from llmc.compiler.reports.show import head_line, show_bytes, summary
 
 Row = dict[str, Any]
@@ -73,7 +73,7 @@ def picture(compiled: Compiled) -> Row:
     graph = compiled.graph
     blocks = _blocks(graph)
     steps = {phase: stages(compiled, phase) for phase in compiled.segments}
-    done_by = {phase: _operations_of(compiled, phase, steps[phase]) for phase in steps}
+    done_by = {phase: operations_of(compiled, phase, steps[phase]) for phase in steps}
     return {
         "head": head_line(compiled),
         "facts": _facts(compiled),
@@ -258,15 +258,6 @@ def _became(steps: Stages, done_by: Mapping[str, list[str]], name: str) -> tuple
     """Fusions that took the operator (into what, why), and the ATB operations that compute it in one phase."""
     taken, current = became(steps, name)
     return [(step["into"], step["reason"]) for step in taken], done_by.get(current, [])
-
-
-def _operations_of(compiled: Compiled, phase: str, steps: Stages) -> dict[str, list[str]]:
-    """Node of the fused graph -> the names of its ATB operations."""
-    found: dict[str, list[str]] = {}
-    for node in compiled.lowered[phase].nodes:
-        if mine := owner(steps[-1][2], node.name):
-            found.setdefault(mine.name, []).append(node.name)
-    return found
 
 
 # ---- the lowered phases

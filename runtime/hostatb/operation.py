@@ -200,6 +200,10 @@ class Operation:
         self._plans.clear()
         return core
 
+    def forget_plans(self) -> None:
+        """The next call plans anew: kernels are chosen for the number of threads that there are then."""
+        self._plans.clear()
+
     @property
     def name(self) -> str:
         return self.core.name

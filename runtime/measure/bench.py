@@ -27,15 +27,19 @@ import torch
 
 from llmc.compiler import artifact as artifacts
 from llmc.compiler.checkpoint_files import present, read_object
+from llmc.compiler.compiled import Compiled
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.files import Unreadable, check_target, parse_json, write_whole
+from llmc.compiler.target.device import Board, Link
 from llmc.compiler.terminal import columns, fold, table
 from llmc.runtime.engine.engine import Engine, Step
 from llmc.runtime.engine.sampling import SamplingParams
 from llmc.runtime.engine.tokenizer import eos_ids
 from llmc.runtime.flags import BENCH_FLAGS, refuse, words_of
 from llmc.runtime.formats import in_format
+from llmc.runtime.hostatb.choices import CHOICES
 from llmc.runtime.hostatb.pages import settle
+from llmc.runtime.measure import profile as profiling
 from llmc.runtime.ranks import Team
 from llmc.runtime.room import Limit, Room, make_room
 from llmc.runtime.session import (
@@ -112,6 +116,7 @@ class Asked:
     """What the flags ask for: cases, or searches and how large a batch of each fits the memory."""
 
     artifact: artifacts.Artifact
+    compiled: Compiled | None  # what a profile needs to know of the operations
     ids: list[int]  # that prompts are made of
     cases: list[Case]
     searches: list[Search]
@@ -146,6 +151,12 @@ def prepare(args: argparse.Namespace, team: Team | None, cleanup: contextlib.Exi
         cases, searches = read_cases(args)
     except UserError as error:
         problems.append(error.message)
+    try:
+        read_threads(args)
+    except UserError as error:
+        problems.append(error.message)
+    if wants_profile(args) and args.max_batch_under is not None:
+        problems.append("--profile and --max-batch-under cannot be used together: profile the batch that it finds")
     if args.warm_up < 0:
         problems.append(f"--warm-up {args.warm_up}: expected 0 or more runs")
     if args.use_refactor:
@@ -158,6 +169,7 @@ def prepare(args: argparse.Namespace, team: Team | None, cleanup: contextlib.Exi
     artifact = make_artifact(args, config, cleanup, team)
     asked = Asked(
         artifact=artifact,
+        compiled=profiling.graphs_of(args, artifact) if wants_profile(args) else None,
         ids=ordinary_ids(Path(args.model_path), artifact.manifest["sizes"]["vocab"]),
         cases=sorted(cases, key=lambda case: case.batch),
         searches=searches,
@@ -184,6 +196,8 @@ def targets(args: argparse.Namespace) -> Iterator[tuple[Path, str]]:
             yield rounds_file(Path(args.csv)), "--csv"
     if args.formatted:
         yield Path(args.formatted), "--formatted"
+    if args.chrome:
+        yield Path(args.chrome), "--chrome"
 
 
 def rounds_file(path: Path) -> Path:
@@ -212,6 +226,20 @@ def read_cases(args: argparse.Namespace) -> tuple[list[Case], list[Search]]:
         raise UserError(f"--batch-range {args.batch_range}: expected {expected}, the smaller number first")
     ends = zip(pairs, ranges, strict=True)
     return [], [Search(prompt=p[0], answer=p[1], least=least, most=most) for p, (least, most) in ends]
+
+
+def wants_profile(args: argparse.Namespace) -> bool:
+    return bool(args.profile or args.profile_threads or args.chrome)
+
+
+def read_threads(args: argparse.Namespace) -> list[int]:
+    """--profile-threads: 1,2; none where it is not given."""
+    if args.profile_threads is None:
+        return []
+    counts = parsed(f"[{args.profile_threads.strip('[]')}]", "--profile-threads", "numbers of threads: 1,2")
+    if not is_numbers(counts) or len(set(counts)) < len(counts):
+        raise UserError(f"--profile-threads {args.profile_threads}: expected numbers of threads: 1,2")
+    return list(counts)
 
 
 def for_each(text: str, flag: str, pairs: Sequence[Any], expected: str) -> list[list[int]]:
@@ -345,11 +373,16 @@ def answer(args: argparse.Namespace, asked: Asked, team: Team | None) -> int:
                 measured |= found
         else:
             measured = {case: timed(case) for case in asked.cases}
+    profiles = list(profile_cases(args, asked, engine)) if asked.compiled else []
     if not talks:
         return 0
     manifest = asked.artifact.manifest
     rows = with_averages([row_of(manifest["model"], case, runs) for case, runs in measured.items()])
     written = list(write_files(args, rows, rounds))
+    if args.chrome:
+        text = json.dumps(profiling.trace_events(profiles, manifest["model"]))
+        write_whole(Path(args.chrome), text, "--chrome")
+        written.append(args.chrome)
     facts = {
         **{key: manifest[key] for key in ("model", "device", "dtype", "attention", "world_size")},
         "threads": torch.get_num_threads() if on_cpu(engine) else None,
@@ -361,12 +394,14 @@ def answer(args: argparse.Namespace, asked: Asked, team: Team | None) -> int:
         "rows": [list(row.values()) for row in rows],
         "cases": [details(case, runs) for case, runs in measured.items()],
         **({"max_batch_under_ms": args.max_batch_under, "rounds": rounds} if asked.searches else {}),
+        **({"profiles": [found for found, _ in profiles]} if profiles else {}),
         "files": written,
     }
     if args.json:
         print(json.dumps({"ok": True, **facts}))
     else:
-        lines = [*shown(facts, asked.searches), closing(facts, time.perf_counter() - start)]
+        lines = [*shown(facts, asked.searches), *shown_profiles(facts, args.top)]
+        lines.append(closing(facts, time.perf_counter() - start))
         print(fold("\n".join(lines), columns(sys.stdout)))
     return 0
 
@@ -464,6 +499,82 @@ def measure(
                 )
             )
     return runs
+
+
+# ---- profiles
+
+
+def profile_cases(
+    args: argparse.Namespace, asked: Asked, engine: Engine
+) -> Iterator[tuple[dict[str, Any], profiling.Profile]]:
+    """Each case with each number of threads: its phases as plain data, and the steps that they were made of."""
+    compiled = asked.compiled
+    assert compiled is not None
+    kind = next(iter(engine.runner.caches.values())).device.type
+    names = profiling.names_of(compiled, asked.artifact)
+    usual = torch.get_num_threads()
+    for threads in read_threads(args) or [usual]:
+        if kind == "cpu" and threads != torch.get_num_threads():
+            use_threads(engine, threads)
+        roof = roof_of(compiled, kind)
+        for case in asked.cases:
+            prompts = random_prompts(asked.ids, args.seed, case)
+            if kind == "npu":
+                profile = profiling.on_npu(engine, compiled, prompts, case.params)
+            else:
+                profile = profiling.on_host(engine, names, prompts, case.params, args.repeats)
+            lengths = (case.prompt, case.answer)
+            phases = [profiling.phase_facts(compiled, profile, phase, lengths, roof) for phase in profiling.PHASES]
+            count = threads if kind == "cpu" else None
+            yield (
+                {
+                    "prompt": case.prompt,
+                    "answer": case.answer,
+                    "batch": case.batch,
+                    "threads": count,
+                    "roof": roof[0] and {"flops_per_s": roof[0].flops, "bytes_per_s": roof[0].bandwidth},
+                    "phases": [{**found, "threads": count} for found in phases if found],
+                },
+                profile,
+            )
+    if kind == "cpu" and torch.get_num_threads() != usual:
+        use_threads(engine, usual)
+
+
+def use_threads(engine: Engine, count: int) -> None:
+    """Kernels are chosen as a process with so many threads would choose them."""
+    torch.set_num_threads(count)
+    CHOICES.spent_s = 0.0
+    executor: Any = engine.runner.executor
+    for operations in executor.phases.values():
+        for operation, *_ in operations:
+            operation.forget_plans()
+
+
+def roof_of(compiled: Compiled, kind: str) -> tuple[Board | None, Link | None]:
+    """What the hardware could at best: an NPU's by its file, a host's measured now."""
+    if kind == "cpu":
+        return profiling.host_roof(compiled.dtype), None
+    target = compiled.device
+    return (target.boards[0] if target.boards and kind == "npu" else None), target.link
+
+
+def shown_profiles(facts: Mapping[str, Any], top: int) -> Iterator[str]:
+    found = facts.get("profiles", [])
+    for one in found:
+        for phase in one["phases"]:
+            yield from profiling.show_profile(phase, top)
+        if one["roof"]:
+            yield (
+                f"best: operations one after the other at {one['roof']['bytes_per_s'] / 1e9:.1f} GB/s of memory and "
+                f"{one['roof']['flops_per_s'] / 1e9:.1f} GFLOP/s"
+                + (", measured here; what lies in caches can be faster" if one["threads"] else "")
+            )
+    for case in dict.fromkeys((one["prompt"], one["answer"], one["batch"]) for one in found):
+        mine = [one for one in found if (one["prompt"], one["answer"], one["batch"]) == case]
+        for phases in zip(*(one["phases"] for one in mine), strict=False):
+            if len(phases) > 1:
+                yield from profiling.show_scaling(phases)
 
 
 # ---- results
