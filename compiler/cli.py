@@ -217,6 +217,9 @@ def explain_flags(p: argparse.ArgumentParser) -> None:
 def show_flags(p: argparse.ArgumentParser) -> None:
     graph_flags(p)
     p.add_argument("--html", type=Path, metavar="FILE", help="write a page that draws the model, for a browser")
+    p.add_argument(
+        "--times", type=Path, metavar="FILE", help="times for the page, from `llmc bench --profile --json > FILE`"
+    )
 
 
 def plan_flags(p: argparse.ArgumentParser) -> None:
@@ -357,11 +360,15 @@ def show_command(args: argparse.Namespace) -> int:
     from llmc.compiler.pipeline import compile_model
     from llmc.compiler.reports import show
 
+    if args.times and not args.html:
+        raise UserError("--times is for the page that --html writes", hint="llmc show GRAPH --html FILE --times FILE")
     compiled = compile_model(args.graph, _options(args))
     if args.html:
         from llmc.compiler.reports import picture
+        from llmc.compiler.reports.times import read_times
 
-        facts = {"path": str(args.html), "bytes": picture.write(compiled, args.html)}
+        times = read_times(args.times, compiled) if args.times else None
+        facts = {"path": str(args.html), "bytes": picture.write(compiled, args.html, times)}
         closing = f"{args.html}: a page of {show.head_line(compiled)}; open it in a browser"
         return tell(args, facts, lambda: closing)
     return tell(args, show.summary(compiled), lambda: show.show_model(compiled))

@@ -76,6 +76,7 @@ VALUES: Mapping[str, Values] = {
     "until": lambda **_: PASS_NAMES,
     **dict.fromkeys(("model_path", "artifact", "cache_dir", "allow_extends"), DirectoriesCompleter()),
     **dict.fromkeys(("output", "html", "source", "input_file", "text", "chat_template"), FilesCompleter()),
+    **dict.fromkeys(("times", "csv", "formatted", "chrome"), FilesCompleter()),
 }
 
 

@@ -9,6 +9,7 @@ dagre (`templates/html/vendor`, which also says why dagre) lays them out. The sa
     node      {"id", "kind": operator|operation|in|out, "title", "name", "letter", "lines": [line], "details": [line],
                "place", "links": {phase: [id]}, "goto": id}
     line      [label, name, text, letter]; any but the label may be ""
+    times     {phase: {operation: [us, share, operations that it has one time with]}}, where somebody measured
     edge      {"from", "to", "lines": [line]}
 
 A layer's drawing says `{i}` for its number in every string that starts with the name of its block; layers with equal
@@ -43,14 +44,17 @@ Row = dict[str, Any]
 Line = list[str]
 
 
-def write(compiled: Compiled, target: Path) -> int:
+def write(compiled: Compiled, target: Path, times: Mapping[str, Any] | None = None) -> int:
     """Write the page, whole or not at all; returns its size in bytes. UserError where it cannot be written."""
-    return write_whole(target, page(compiled), "--html")
+    return write_whole(target, page(compiled, times), "--html")
 
 
-def page(compiled: Compiled) -> str:
-    """The text of the page."""
-    data = json.dumps(picture(compiled), separators=(",", ":"))
+def page(compiled: Compiled, times: Mapping[str, Any] | None = None) -> str:
+    """The text of the page. `times`: what was measured (times.py), which then stands in the boxes."""
+    drawn = picture(compiled)
+    if times:
+        drawn = {**drawn, "facts": [*drawn["facts"], ["measured", times["note"]]], "times": times["phases"]}
+    data = json.dumps(drawn, separators=(",", ":"))
     return render(
         "html/page.html.j2",
         title=html.escape(f"llmc: {head_line(compiled)}"),

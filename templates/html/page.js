@@ -51,6 +51,38 @@ function modelNodes(block, layer) {
 /** Full names of the operations that compute the operator in a phase. */
 const linksOf = (node, phase, layer) => (node.links[phase] || []).map((link) => at(link, layer));
 
+// ---- measured times
+
+const operationsTime = (where, name) => (data.times && data.times[where] ? data.times[where][name] : undefined);
+
+/** What was measured of a box, by phase: [[phase, us, share, names it has one time with]]. An operator has the times of
+    the operations that compute it. */
+function timesOf(where, node, layer) {
+  if (!data.times) return [];
+  return (where === "model" ? phases : [where]).flatMap((phase) => {
+    const names = where === "model" ? linksOf(node, phase, layer) : [at(node.id, layer)];
+    const found = names.map((name) => operationsTime(phase, name)).filter(Boolean);
+    if (!found.length) return [];
+    const joined = new Set(found.flatMap((one) => one[2]).filter((name) => !names.includes(name)));
+    // Operations of this box that have one time count once.
+    const apart = found.filter((one, i) => !found.slice(0, i).some((other) => other[2].includes(names[i])));
+    const sum = (i) => apart.reduce((total, one) => total + one[i], 0);
+    return [[phase, sum(0), sum(1), [...joined]]];
+  });
+}
+
+const most = {}; // phase -> the largest share of an operation
+for (const [phase, times] of Object.entries(data.times || {})) {
+  most[phase] = Math.max(...Object.values(times).map(([, share]) => share));
+}
+
+function micros(us) {
+  if (us >= 1e4) return `${(us / 1e3).toFixed(1)} ms`;
+  return us >= 1e3 ? `${(us / 1e3).toFixed(2)} ms` : `${us.toFixed(us < 100 ? 1 : 0)} µs`;
+}
+
+const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 2 : 1)} %`;
+
 // ---- elements
 
 function make(tag, attributes = {}, ...children) {
@@ -66,7 +98,7 @@ function make(tag, attributes = {}, ...children) {
 
 const letters = (text) => text.split(" ").filter(Boolean).map((one) => make("i", { class: `letter ${one[0]}` }, one));
 
-function box(node, view, layer, choose) {
+function box(where, node, view, layer, choose) {
   const name = short(at(node.name, layer), view, layer);
   const element = make(
     "button",
@@ -74,6 +106,14 @@ function box(node, view, layer, choose) {
     make("span", { class: "top" }, make("b", {}, node.title), ...letters(node.letter)),
     make("span", { class: "name" }, name),
   );
+  const times = timesOf(where, node, layer);
+  if (times.length) {
+    const said = times.map(([phase, us, , joined]) => (
+      `${where === "model" ? `${phase} ` : ""}${micros(us)}${joined.length ? " joined" : ""}`));
+    element.append(make("span", { class: "time" }, said.join(", ")));
+    element.classList.add("timed");
+    element.style.setProperty("--heat", Math.max(...times.map(([phase, , share]) => share / most[phase])).toFixed(3));
+  }
   const params = node.lines.filter(([label]) => label === "param").map((line) => line[2]);
   if (params.length) element.append(make("span", { class: "line" }, params.join("  ")));
   for (const [label, tensor, text, letter] of node.lines) {
@@ -141,7 +181,7 @@ function draw(where, items, edges, spacing, choose) {
   canvas.append(lines);
 
   const boxes = items.map(({ node, view, layer, group }) => {
-    const element = box(node, view, layer, choose);
+    const element = box(where, node, view, layer, choose);
     canvas.append(element);
     return { node, view, layer, group, element };
   });
@@ -400,6 +440,12 @@ function describe(where, node, view, layer) {
     cell.append(named && text ? ` ${text} ` : `${text} `, ...letters(letter));
     return [label, cell];
   });
+  const measured = timesOf(where, node, layer).map(([phase, us, share, joined]) => {
+    const words = `${micros(us)}, ${percent(share)} of the operations' time`;
+    const also = joined.length ? `; one time with ${joined.join(", ")}` : "";
+    return [where === "model" ? `${phase}, time` : "time", make("td", {}, words + also)];
+  });
+  rows.unshift(...measured);
   if (where !== "model" && node.kind === "operation") {
     for (const [operator, i] of operatorsOf(where, full, view, layer)) {
       const go = () => jump({ where: "model", layer: i, node: operator });

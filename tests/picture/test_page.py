@@ -10,6 +10,9 @@ import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
+from llmc.compiler.reports.picture import page
+from llmc.compiler.reports.times import read_times
+
 GRAPHS = {
     "910B": ("llama2-13b", {}),
     "910B, 8 ranks": ("llama2-13b", {"world_size": 8}),
@@ -637,3 +640,76 @@ def contrast(browser, selector):
     """Contrast ratio of WCAG 2.2: 4.5 is enough for text."""
     a, b = (luminance(color(browser, selector, key)) for key in ("color", "backgroundColor"))
     return (max(a, b) + 0.05) / (min(a, b) + 0.05)
+
+
+# ---- measured times
+
+
+def measured(compiled):
+    """A profile as `llmc bench --profile --json` has it: of each layer gate_up takes longest, and has one time with
+    what follows it."""
+    phases = []
+    for phase, low in compiled.lowered.items():
+        entries, nodes = [], list(low.nodes)
+        while nodes:
+            node = nodes.pop(0)
+            joined = [node.name]
+            if node.name.endswith(".mlp.gate_up"):
+                joined.append(nodes.pop(0).name)
+            entries.append({"operations": joined, "us": {"median": 40.0 if len(joined) > 1 else 2.5}})
+        phases.append({"phase": phase, "operations": entries, "step_ms": 1.5})
+    return {
+        "ok": True,
+        "model": compiled.model.name,
+        "device": compiled.options.device,
+        "dtype": compiled.dtype,
+        "attention": compiled.options.attention,
+        "world_size": compiled.options.world_size,
+        "profiles": [{"batch": 2, "prompt": 64, "answer": 16, "threads": 2, "phases": phases}],
+    }
+
+
+@pytest.fixture
+def timed(picture, open_page, tmp_path):
+    compiled, _ = picture("llama2-7b", device="host")
+    file = tmp_path / "times.json"
+    file.write_text(json.dumps(measured(compiled)))
+    return compiled, read(open_page(page(compiled, read_times(file, compiled))))
+
+
+def test_measured_times_stand_in_the_boxes_and_mark_what_takes_long(timed):
+    _, browser = timed
+    assert complaints(browser) == ([], [])
+    assert "measured" in browser.find_element(By.ID, "facts").text
+    assert "batch 2, [64,16], 2 threads: a step takes 1.50 ms in prefill, 1.50 ms in decode" in (
+        browser.find_element(By.ID, "facts").text
+    )
+    for where in ("prefill", "decode"):
+        slow, fast = (box(browser, where, f"layers.0.{name}") for name in ("mlp.gate_up", "attn.o"))
+        assert slow.find_element(By.CSS_SELECTOR, ".time").text == "40.0 µs joined"
+        assert fast.find_element(By.CSS_SELECTOR, ".time").text == "2.5 µs"
+        bar = "return parseFloat(getComputedStyle(arguments[0], '::before').width)"
+        assert browser.execute_script(bar, slow) == pytest.approx(10)
+        assert browser.execute_script(bar, fast) == pytest.approx(2 + 8 * 2.5 / 40, abs=0.1)
+        assert overlaps(browser, where) == []
+        assert cut(browser, where) == []
+    operator = box(browser, "model", "layers.0.mlp.gate_up")
+    assert operator.find_element(By.CSS_SELECTOR, ".time").text == "prefill 40.0 µs joined, decode 40.0 µs joined"
+    go_to(browser, "layers 31")
+    assert (
+        box(browser, "decode", "layers.31.mlp.gate_up").find_element(By.CSS_SELECTOR, ".time").text == "40.0 µs joined"
+    )
+
+
+def test_the_details_say_the_share_and_what_a_time_is_joined_with(timed):
+    compiled, browser = timed
+    click(browser, box(browser, "decode", "layers.0.mlp.gate_up"))
+    said = browser.find_element(By.ID, "details").text
+    rest = len(compiled.lowered["decode"].nodes) - 2 * 32
+    share = 40 / (32 * 40 + rest * 2.5)
+    assert f"40.0 µs, {100 * share:.2f} % of the operations' time; one time with layers.0.mlp.gated" in said
+
+
+def test_a_page_without_times_has_no_mark(picture, open_page):
+    _, text = picture("llama2-7b", device="host")
+    assert open_page(text).find_elements(By.CSS_SELECTOR, ".timed, .time") == []
