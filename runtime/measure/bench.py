@@ -157,6 +157,10 @@ def prepare(args: argparse.Namespace, team: Team | None, cleanup: contextlib.Exi
         problems.append(error.message)
     if wants_profile(args) and args.max_batch_under is not None:
         problems.append("--profile and --max-batch-under cannot be used together: profile the batch that it finds")
+    if args.host_compile and wants_profile(args):
+        problems.append("--profile times operations, and --host-compile makes one of many; leave one of them out")
+    if args.host_compile and (searches or len({case.batch for case in cases}) > 1):
+        problems.append("--host-compile compiles the step of one batch; measure each batch by itself")
     if args.warm_up < 0:
         problems.append(f"--warm-up {args.warm_up}: expected 0 or more runs")
     if args.use_refactor:
@@ -422,7 +426,7 @@ def open_engine(args: argparse.Namespace, asked: Asked, team: Team | None) -> tu
     bound = limit_of(args, asked, ends, team)
     make = made_up if args.random_weights else load_weights
     engine = engine_in(args, asked.artifact, None, room_in, bound, team, weights=make)
-    engine.warm_up()
+    engine.warm_up(asked.cases[0].batch if args.host_compile else 1)
     settle()
     return engine, batches
 

@@ -95,6 +95,7 @@ def graphs_of(args: argparse.Namespace, artifact: Artifact) -> Compiled:
         attention=said["attention"],
         world_size=said["world_size"],
         backend=said["backend"] or None,
+        logits=said["logits"],
         allow_unsupported=True,
         allow_extends=tuple(args.allow_extends or ()),
     )

@@ -226,6 +226,9 @@ def test_a_batch_beyond_the_memory_counts_as_too_large_and_is_told(checkpoint, c
         (["--cases", "[[8,4]]", "--batch", "100000", "--memory", "20MiB"], r"\[8,4\] batch 100000"),
         (["--csv", "/dev/null/out.csv"], "cannot write /dev/null/out.csv"),
         (["--warm-up", "-1"], "--warm-up -1: expected 0 or more runs"),
+        (["--profile", "--max-batch-under", "5"], "--profile and --max-batch-under cannot be used together"),
+        (["--profile", "--host-compile"], "--profile times operations, and --host-compile makes one of many"),
+        (["--batch", "1,2", "--host-compile"], "--host-compile compiles the step of one batch"),
     ],
 )
 def test_what_cannot_be_measured_is_one_message(checkpoint, capsys, words, message):
