@@ -291,6 +291,13 @@ def eval_flags(p: argparse.ArgumentParser) -> None:
     add_flags(p, EVAL_FLAGS)
 
 
+def modeltest_flags(p: argparse.ArgumentParser) -> None:
+    p.usage = "llmc modeltest [--run] pa_fp16 performance [[256,256]] 1 llama DIR 8"
+    p.add_argument("words", nargs="*", metavar="WORD", help="the words behind `bash run.sh` of the original tests")
+    p.add_argument("--run", action="store_true", dest="go", help="run the command too; without it, it is printed")
+    p.add_argument("--data", default="", metavar="DIR", help="where the files of a precision test are")
+
+
 def demo_flags(p: argparse.ArgumentParser) -> None:
     from llmc.runtime.demo import add_demo_flags
 
@@ -502,6 +509,24 @@ def eval_command(args: argparse.Namespace) -> int:
     return _on_ranks(args, "llmc.runtime.measure.evaluate")
 
 
+def modeltest_command(args: argparse.Namespace) -> int:
+    from llmc.runtime.measure.modeltest import translate
+
+    made = translate(args.words, args.data)
+    if args.json and not args.go:
+        facts = {"line": made.line, "commands": made.commands, "understood": dict(made.understood), "notes": made.notes}
+        return tell(args, facts, str)
+    if not args.json:
+        understood = ", ".join(f"{what} {word}" for what, word in made.understood)
+        said = "\n".join([f"understood: {understood}", *(f"note: {note}" for note in made.notes)])
+        print(fold(said, columns(sys.stderr)), file=sys.stderr)
+        print(visible(made.line))  # one line, to be copied: never folded
+    for words in made.commands if args.go else ():
+        if code := main([*words, *(["--json"] if args.json else [])]):
+            return code
+    return 0
+
+
 def demo_command(args: argparse.Namespace) -> int:
     _keep_backends_out()
     from llmc.runtime.demo import demo
@@ -536,6 +561,7 @@ COMMANDS: dict[str, tuple[Callable, Callable[[argparse.ArgumentParser], None], s
     "trace": (trace_command, trace_flags, "compare with transformers value by value: the first node that errs"),
     "bench": (bench_command, bench_flags, "time prefill and decode of a checkpoint, for cases and batches"),
     "eval": (eval_command, eval_flags, "perplexity of a text, and other measures of a checkpoint's answers"),
+    "modeltest": (modeltest_command, modeltest_flags, "command lines of the original tests, as commands of llmc"),
     "demo": (demo_command, demo_flags, "fetch a small real model, compile it and answer a question on this machine"),
     "convert": (convert_command, convert_flags, "turn .bin or GGUF weights into a safetensors checkpoint"),
 }

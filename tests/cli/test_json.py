@@ -29,6 +29,7 @@ WORKS = {  # each command, as it ends well; {} is the checkpoint
 RUNS = {  # these compute
     "run": "run --model-path {} --graph {}/mine.yaml --max-output-length 2",
     "trace": "trace --model-path {} --graph {}/mine.yaml --input-ids 5,6,7",
+    "modeltest": "modeltest pa_fp16 performance [[4,2]] 1 llama {} 1",
     "bench": "bench --model-path {} --graph {}/mine.yaml --cases [[4,2]] --repeats 1",
     "eval": "eval --model-path {} --graph {}/mine.yaml --text {}/mine.yaml",
     "demo": "demo question --max-output-length 2 --cache-dir {}",
