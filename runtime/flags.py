@@ -299,7 +299,22 @@ EVAL_FLAGS: tuple[Flag, ...] = (
         "window", positive, None, "tokens that are read together (default: the model's positions, 2048 at most)", OURS
     ),
     Flag("stride", positive, None, "tokens from one window to the next (default: the window, so none overlap)", OURS),
-    Flag("batch_size", positive, None, "sequences at a time (default: windows one by one)", OURS),
+    Flag("golden", str, None, "compare each step's logits with logits_N.pth and tokens_N.pth of this directory", OURS),
+    Flag(
+        "golden_out",
+        str,
+        None,
+        "write such a directory: greedy answers to --input-text, --input-ids, --input-file",
+        OURS,
+    ),
+    Flag("golden_from", str, "llmc", "what answers then: llmc or transformers", OURS),
+    Flag("max_kl", float, 1e-3, "most that the distribution of any step may be apart (KL, nats)", OURS),
+    Flag("step_kl", float, 1e-4, "what a step may be apart without being counted as an error", OURS),
+    Flag("max_error_rate", float, 0.005, "most of the steps that may be errors", OURS),
+    Flag("dataset", utf8, None, "its name in the table (default: of the directory)", OURS),
+    Flag("csv", str, None, "write the table there", OURS),
+    *INPUT_FLAGS,
+    Flag("batch_size", positive, None, "sequences at a time (default: windows of a text one by one, else all)", OURS),
     *(flag for flag in ROOM_FLAGS if flag.name in ("max_prefill_tokens", "num_blocks", "memory")),
     *OUTPUT_FLAGS,
 )

@@ -104,6 +104,9 @@ class Perplexity:
 
     unit = "tokens"
 
+    def flags(self, folder: Path) -> dict[str, Any]:
+        return {}
+
     @property
     def total(self) -> int:
         return sum(len(window.ids) for window in self.windows)
@@ -174,6 +177,8 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
     """What is wrong with the flags."""
     if args.logits == "last":
         yield "--logits last: perplexity needs those of every token"
+    if args.csv:
+        yield "--csv: a perplexity is no table; --json has the numbers"
     if args.window is not None and args.window < 2:
         yield f"--window {args.window}: expected at least 2 tokens, since the first one never counts"
     if args.stride is not None and args.window is not None and args.stride > args.window:
