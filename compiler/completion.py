@@ -70,11 +70,14 @@ VALUES: Mapping[str, Values] = {
     "dtype": lambda **_: DTYPES,
     "attention": lambda **_: sorted({a for d in device_names() for a in device(d).attention}),
     "logits": lambda **_: LOGITS,
+    "golden_from": lambda **_: ("llmc", "transformers"),
     "backend": backends,
     "tp": lambda **_: map(str, range(1, DEVICE_COUNT + 1)),
     "fuse": fusions,
     "until": lambda **_: PASS_NAMES,
-    **dict.fromkeys(("model_path", "artifact", "cache_dir", "allow_extends"), DirectoriesCompleter()),
+    **dict.fromkeys(
+        ("model_path", "artifact", "cache_dir", "allow_extends", "golden", "golden_out"), DirectoriesCompleter()
+    ),
     **dict.fromkeys(("output", "html", "source", "input_file", "text", "chat_template"), FilesCompleter()),
     **dict.fromkeys(("times", "csv", "formatted", "chrome"), FilesCompleter()),
 }
