@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from torch import Tensor
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.files import Unreadable, read_json
 from llmc.runtime.measure.forced import Row
+from llmc.runtime.measure.reference import Original, coarser
 
 KIND, FORMAT = "llmc trace", 1
 MANIFEST = "manifest.json"
@@ -107,10 +109,12 @@ class Recording:
 
 
 class Recorded:
-    """A dump as the side that is compared with: no truth, only another run."""
+    """A dump as the side that is compared with. `scale`: transformers' errors on the same prompts, which tell how far
+    two honest runs are apart; None where it does not have the model."""
 
     def __init__(self, folder: Path, said: Mapping[str, Any]) -> None:
         self.folder, self.said = folder, said
+        self.scale: Original | None = None
         self.prompts: list[list[int]] = said["prompts"]
         self.lengths: list[int] = said["prefill_lengths"]
         self.values = {(value["phase"], value["name"]): value for value in said["values"]}
@@ -141,10 +145,20 @@ class Recorded:
             raise _damaged(self.folder, f"{value['file']}: {error}") from None
 
     def natural(self, phase: str, entry: Mapping[str, Any], rows: Sequence[Row]) -> Tensor | None:
-        return None
+        if self.scale is None or self.scale.counterpart(phase, entry) is None:
+            return None
+        error = self.scale.nearest(phase, entry, rows).double() - self.scale.truth(phase, entry, rows).double()
+        return self.truth(phase, entry, rows).double() + math.sqrt(2) * error
+
+    def nearest(self, phase: str, entry: Mapping[str, Any], rows: Sequence[Row]) -> Tensor:
+        return self.truth(phase, entry, rows)
 
     def usual(self, phase: str, entry: Mapping[str, Any]) -> float:
-        return 0.0
+        has = self.scale is not None and self.scale.counterpart(phase, entry) is not None
+        return math.sqrt(2) * self.scale.usual(phase, entry) if has and self.scale else 0.0
+
+    def dtype(self, entry: Mapping[str, Any]) -> str:
+        return coarser(entry["dtype"], self.said["run"]["dtype"])
 
 
 def is_dump(path: Path) -> bool:

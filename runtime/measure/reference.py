@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.foreign import no_questions, quiet_transformers
+from llmc.runtime.measure.compare import by_row
 
 ROPE = "apply_rotary_pos_emb"
 WORDS = {"output": "output of", "input": "input of", "embedding": "rows of", "activation": "activation in"}
@@ -101,8 +102,9 @@ class Reference:
             return f"{ROPE} ({stands_for['argument']}) in {names[0]}"
         if stands_for["what"] == "activation" and not self._activation(str(names[0])):
             return None
-        columns = "".join(" (some columns)" for part in stands_for["parts"] if part["rows"])[:15]
-        return f"{WORDS[stands_for['what']]} {', '.join(map(str, names))}{columns}"
+        some = " (some columns)" if any(part["rows"] for part in stands_for["parts"]) else ""
+        some = "" if stands_for["what"] in ("input", "activation") else some
+        return f"{WORDS[stands_for['what']]} {', '.join(dict.fromkeys(map(str, names)))}{some}"
 
     def _name(self, stands_for: Mapping[str, Any], tensor: str) -> str | None:
         name = self.module_of(tensor)
@@ -134,8 +136,8 @@ class Reference:
                 module = str(self._name(stands_for, part["tensor"]))
                 what = "output" if stands_for["what"] == "embedding" else stands_for["what"]
                 parts.append(((what, module, stands_for["argument"]), part["rows"]))
-                if what in ("rope", "activation"):
-                    parts = parts[:1]
+                if what in ("input", "rope", "activation"):  # of the value itself: the tensors only tell where
+                    parts = [(parts[0][0], None)]
             need.update(key for key, _ in parts)
             plan[name] = parts
         with self._watched(need, seen):
@@ -195,6 +197,11 @@ class Reference:
                 handle.remove()
 
 
+def coarser(a: str, b: str) -> str:
+    """The dtype with the shorter mantissa."""
+    return max(a, b, key=lambda dtype: torch.finfo(getattr(torch, dtype)).eps)
+
+
 def columns(value: Tensor, rows: Mapping[str, int] | None) -> Tensor:
     """The columns that some rows of a weight make: in each of `groups` runs of `stride`, `size` from `offset`."""
     if rows is None:
@@ -231,9 +238,14 @@ class Original:
         tokens: Sequence[Sequence[int]],
         lengths: Sequence[int],
         advance: Callable[[int], None] = lambda prompts: None,
+        *,
+        other_dtype: str = "",
     ) -> None:
-        """Both runs over all prompts, one after the other. `lengths`: tokens of each that are read in prefill."""
-        traced = getattr(torch, manifest["dtype"])
+        """Both runs over all prompts, one after the other. `lengths`: tokens of each that are read in prefill.
+        `other_dtype`: what the model is compared with was run in another dtype; then errors are those of the coarser
+        one, of its rounded weights too."""
+        self.traced = coarser(manifest["dtype"], other_dtype or manifest["dtype"])
+        traced = getattr(torch, self.traced)
         phases = [manifest["phases"][phase] for phase in ("decode", "prefill")]  # of prefill, where both have a value
         entries = {tap["name"]: tap for phase in phases for tap in phase["taps"]}
         rounded = {
@@ -241,13 +253,13 @@ class Original:
             for weight in manifest["weights"].values()
             for source in weight["sources"]
         }
-        exact = Reference(
-            path, torch.float64 if traced is torch.float32 else torch.float32, rounded=rounded, other=traced
-        )
+        better = torch.float64 if traced is torch.float32 else torch.float32
+        same = other_dtype in ("", manifest["dtype"])
+        exact = Reference(path, better, rounded=rounded if same else None, other=traced)
         self.counterparts = {name: exact.counterpart(entry["stands_for"]) for name, entry in entries.items()}
         wanted = {name: entry["stands_for"] for name, entry in entries.items() if self.counterparts[name]}
         few = {name for name, entry in entries.items() if entry["shape"][0] == "B" and name in wanted}
-        self.exact, self.low, usual = [], [], dict.fromkeys(wanted, (0.0, 0.0))
+        self.exact, self.low, usual = [], [], dict.fromkeys(wanted, (0.0, 0))
         for prompt in tokens:
             self.exact.append(exact.values(wanted, prompt))
             advance(1)
@@ -257,8 +269,8 @@ class Original:
         for prompt, length, truth in zip(tokens, lengths, self.exact, strict=True):
             found = low.values(wanted, prompt)
             for name in truth:
-                t, error = truth[name].double(), found[name].double() - truth[name].double()
-                usual[name] = (usual[name][0] + float((error**2).sum()), usual[name][1] + float((t**2).sum()))
+                t = truth[name].double()
+                usual[name] = (usual[name][0] + by_row(found[name].double() - t, t), usual[name][1] + len(t))
             # a value of the last tokens only is asked for at these alone: logits of all tokens are large
             first = length - 1
             for values in (truth, found):
@@ -267,7 +279,7 @@ class Original:
             self.low.append(found)
             advance(1)
         self.few, self.lengths = few, lengths
-        self.errors = {name: (e / t) ** 0.5 if t else 0.0 for name, (e, t) in usual.items()}
+        self.errors = {name: (error / rows) ** 0.5 if rows else 0.0 for name, (error, rows) in usual.items()}
 
     def counterpart(self, phase: str, entry: Mapping[str, Any]) -> str | None:
         return self.counterparts[entry["name"]]
@@ -278,8 +290,14 @@ class Original:
     def natural(self, phase: str, entry: Mapping[str, Any], rows: Sequence[tuple[int, int]]) -> Tensor | None:
         return self._rows(self.low, entry["name"], rows)
 
+    def nearest(self, phase: str, entry: Mapping[str, Any], rows: Sequence[tuple[int, int]]) -> Tensor:
+        return self._rows(self.low, entry["name"], rows)
+
     def usual(self, phase: str, entry: Mapping[str, Any]) -> float:
         return self.errors[entry["name"]]
+
+    def dtype(self, entry: Mapping[str, Any]) -> str:
+        return coarser(entry["dtype"], self.traced)
 
     def _rows(self, kept: Sequence[Mapping[str, Tensor]], name: str, rows: Sequence[tuple[int, int]]) -> Tensor:
         first = [length - 1 if name in self.few else 0 for length in self.lengths]

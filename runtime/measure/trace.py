@@ -40,6 +40,7 @@ from llmc.runtime.host_memory import free_memory
 from llmc.runtime.measure.compare import Comparison, Side, first_that_errs
 from llmc.runtime.measure.dump import Recording, is_dump, read_dump
 from llmc.runtime.measure.forced import Step, forced, joined
+from llmc.runtime.measure.reference import Original
 from llmc.runtime.prompts import as_file, encode, read_prompts
 from llmc.runtime.ranks import Team
 from llmc.runtime.session import (
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace, team: Team | None = None) -> int:
     if args.against is None or is_dump(Path(args.against)) or team is not None:
         return work(args, team, prepare=prepare, words=rank_words, answer=answer)
     with temporary_directory() as folder:  # another artifact, maybe of another world size: its run is recorded first
-        recorded = Path(folder) / "dump"
+        recorded = Path(folder) / Path(args.against).resolve().name
         other = argparse.Namespace(**{**vars(args), **dict.fromkeys(OF_THIS_SIDE), "is_bf16": False})
         other.artifact, other.against, other.dump, other.json, other.quiet = (
             args.against,
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace, team: Team | None = None) -> int:
             False,
             True,
         )
-        other.reference, other.silent = None, True
+        other.reference = None
         if code := run(other):
             return code
         mine = copy.copy(args)
@@ -280,13 +281,21 @@ def compare_steps(
 
 
 def other_side(args: argparse.Namespace, asked: Asked, manifest: Mapping[str, Any]) -> Side:
-    if args.against:
-        return read_dump(Path(args.against))
-    from llmc.runtime.measure.reference import Original
-
+    """transformers; or a recording, and transformers as the measure of how far two runs may be apart."""
+    recorded = read_dump(Path(args.against)) if args.against else None
     path = Path(args.reference or args.model_path)
-    with progress_bar("transformers", 2 * len(asked.ids), not (args.quiet or args.json)) as advance:
-        return Original(path, manifest, asked.ids, asked.lengths, advance)
+    try:
+        with progress_bar("transformers", 2 * len(asked.ids), not (args.quiet or args.json)) as advance:
+            other = recorded.said["run"]["dtype"] if recorded else ""
+            original = Original(path, manifest, asked.ids, asked.lengths, advance, other_dtype=other)
+    except UserError as error:
+        if recorded is None:
+            raise
+        note(f"{error.message}; without it the budgets are coarse")
+        return recorded
+    if recorded:
+        recorded.scale = original
+    return recorded or original
 
 
 def record(args: argparse.Namespace, asked: Asked, engine: Engine, team: Team | None) -> int:
@@ -307,7 +316,7 @@ def record(args: argparse.Namespace, asked: Asked, engine: Engine, team: Team | 
     count = len({name for _, name in recording.found})
     if args.json:
         print(json.dumps({"ok": True, "path": args.dump, "values": count, "bytes": size}))
-    elif not getattr(args, "silent", False):
+    elif not args.quiet:
         line = f"{args.dump}: {count} values of {described(manifest)}, {size / 2**20:.1f} MiB"
         print(fold(line, columns(sys.stdout)))
     return 0
@@ -355,7 +364,7 @@ def summary(args: argparse.Namespace, asked: Asked, nodes: Sequence[Node], passe
     return {
         "ok": first is None,
         **{key: manifest[key] for key in ("model", "device", "dtype", "attention", "world_size")},
-        "with": args.against or f"transformers {version('transformers')}: {args.reference or args.model_path}",
+        "with": compared_with(args),
         "prompts": [
             {"prefill": length, "decode": len(ids) - length}
             for ids, length in zip(asked.ids, asked.lengths, strict=True)
@@ -365,6 +374,12 @@ def summary(args: argparse.Namespace, asked: Asked, nodes: Sequence[Node], passe
         "nodes": with_side,
         "not_compared": list(dict.fromkeys(node["name"] for node in nodes if node["counterpart"] is None)),
     }
+
+
+def compared_with(args: argparse.Namespace) -> str:
+    if args.against:
+        return f"{described(read_dump(Path(args.against)).said['run'])} of {Path(args.against).name}"
+    return f"transformers {version('transformers')} on {args.reference or args.model_path}"
 
 
 HEADS = ("value", "phase", "place", "cosine", "max abs", "relative", "ULP", "budget", "")
