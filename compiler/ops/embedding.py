@@ -63,7 +63,7 @@ OPS = (
     ),
     Op(
         name="last_token",
-        doc="The last row of each sequence: only these need logits. In decode that is every row.",
+        doc="The last row of each sequence: only these need logits. In decode and with --logits all that is every row.",
         inputs=("x",),
         shape=last_token_shape,
         shard=same_shard,

@@ -45,6 +45,7 @@ from llmc.runtime.engine.engine import Engine, check_prompt
 from llmc.runtime.engine.sampling import Samples, SamplingParams, SamplingState
 from llmc.runtime.engine.tokenizer import eos_ids, load_tokenizer
 from llmc.runtime.flags import dtype_of
+from llmc.runtime.foreign import quiet_transformers
 from llmc.runtime.prompts import as_file, encode, read_prompts
 from llmc.runtime.ranks import Team
 from llmc.runtime.room import Limit, Room, make_room
@@ -501,7 +502,11 @@ def record_transformers(args: argparse.Namespace, progress: bool) -> dict[str, A
         longest = model.config.max_position_embeddings + 1 - args.max_output_length
         check_prompt(index, prompt, vocab=model.config.vocab_size, max_length=longest)
     total = len(prompts) * args.max_output_length
-    with new_folder(target) as folder, progress_bar("tokens", total, progress) as advance, warnings.catch_warnings():
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(new_folder(target))
+        advance = stack.enter_context(progress_bar("tokens", total, progress))
+        stack.enter_context(quiet_transformers())
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", FutureWarning)  # past_key_values has another name in newer versions
         writer = Writer(folder, prompts)
         ids = [torch.tensor([prompt]) for prompt in prompts]
