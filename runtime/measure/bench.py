@@ -361,14 +361,16 @@ def answer(args: argparse.Namespace, asked: Asked, team: Team | None) -> int:
     talks, start = team is None or team.talks, time.perf_counter()
     engine, bound = open_engine(args, asked, team)
     prompts_of = partial(random_prompts, asked.ids, args.seed)
-    each = args.warm_up + args.repeats
-    tokens = sum(case.answer for case in asked.cases) * each
     rounds: list[dict[str, Any]] = []
     measured: dict[Case, list[Run]] = {}
-    with progress_bar("steps", tokens, talks and bool(tokens) and not (args.quiet or args.json)) as advance:
+    profiles: list[tuple[dict[str, Any], profiling.Profile]] = []
+    with progress_bar("steps", steps_of(args, asked), talks and not (args.quiet or args.json)) as advance:
+
+        def on_step(step: Step) -> None:
+            advance(1)
 
         def timed(case: Case) -> list[Run]:
-            return measure(engine, case, prompts_of(case), args.repeats, args.warm_up, lambda step: advance(1))
+            return measure(engine, case, prompts_of(case), args.repeats, args.warm_up, on_step)
 
         if asked.searches:
             for one, most in zip(asked.searches, bound, strict=True):
@@ -377,7 +379,8 @@ def answer(args: argparse.Namespace, asked: Asked, team: Team | None) -> int:
                 measured |= found
         else:
             measured = {case: timed(case) for case in asked.cases}
-    profiles = list(profile_cases(args, asked, engine)) if asked.compiled else []
+        if asked.compiled:
+            profiles = list(profile_cases(args, asked, asked.compiled, engine, on_step))
     if not talks:
         return 0
     manifest = asked.artifact.manifest
@@ -408,6 +411,14 @@ def answer(args: argparse.Namespace, asked: Asked, team: Team | None) -> int:
         lines.append(closing(facts, time.perf_counter() - start))
         print(fold("\n".join(lines), columns(sys.stdout)))
     return 0
+
+
+def steps_of(args: argparse.Namespace, asked: Asked) -> int:
+    """About how many steps there will be: of searches the most."""
+    each = args.warm_up + args.repeats
+    tries = sum(one.answer * (one.most - one.least + 1).bit_length() for one in asked.searches)
+    watched = 2 * (args.repeats + 1) * max(1, len(read_threads(args))) if asked.compiled else 0
+    return tries * each + sum(case.answer for case in asked.cases) * (each + watched)
 
 
 def open_engine(args: argparse.Namespace, asked: Asked, team: Team | None) -> tuple[Engine, list[int]]:
@@ -509,11 +520,9 @@ def measure(
 
 
 def profile_cases(
-    args: argparse.Namespace, asked: Asked, engine: Engine
+    args: argparse.Namespace, asked: Asked, compiled: Compiled, engine: Engine, on_step: Callable[[Step], None]
 ) -> Iterator[tuple[dict[str, Any], profiling.Profile]]:
     """Each case with each number of threads: its phases as plain data, and the steps that they were made of."""
-    compiled = asked.compiled
-    assert compiled is not None
     kind = next(iter(engine.runner.caches.values())).device.type
     names = profiling.names_of(compiled, asked.artifact)
     usual = torch.get_num_threads()
@@ -524,9 +533,9 @@ def profile_cases(
         for case in asked.cases:
             prompts = random_prompts(asked.ids, args.seed, case)
             if kind == "npu":
-                profile = profiling.on_npu(engine, compiled, prompts, case.params)
+                profile = profiling.on_npu(engine, compiled, prompts, case.params, on_step)
             else:
-                profile = profiling.on_host(engine, names, prompts, case.params, args.repeats)
+                profile = profiling.on_host(engine, names, prompts, case.params, args.repeats, on_step)
             lengths = (case.prompt, case.answer)
             phases = [profiling.phase_facts(compiled, profile, phase, lengths, roof) for phase in profiling.PHASES]
             count = threads if kind == "cpu" else None
