@@ -121,7 +121,7 @@ class Comparison:
         if self.has_natural:
             relative = max(self.side.usual(self.phase, self.entry) ** 2, float(n.sum() / t.sum().clamp_min(1e-300)))
             row, column = n.mean(1, keepdim=True).expand_as(n), n.mean(0, keepdim=True).expand_as(n)
-            n = torch.stack([n, row, column, relative * t]).amax(0)
+            n = torch.stack([n, row, column, relative * t]).nan_to_num(nan=math.inf).amax(0)  # transformers overflows
         else:
             n = self.drift**2 * torch.stack([t, t.mean(1, keepdim=True).expand_as(t)]).amax(0)
         ratio = (e / (n + self.rounding**2 * t + 1e-300)).sqrt().nan_to_num(nan=math.inf)
@@ -150,16 +150,16 @@ class Comparison:
     def result(self) -> dict[str, Any]:
         """What is printed of it. `ok` False: it leaves its budget."""
         s = self.sums
-        relative, natural = (math.sqrt(s[key] / max(1, self.rows)) for key in ("error", "natural"))
+        relative, natural = (math.sqrt(_finite(s[key]) / max(1, self.rows)) for key in ("error", "natural"))
         few = RATIO + SCATTER / math.sqrt(max(1, self.rows))
         if self.has_natural:
-            natural = max(natural, self.side.usual(self.phase, self.entry))
+            natural = max(natural, _finite(self.side.usual(self.phase, self.entry)))
             budget = few * math.hypot(natural, self.rounding)
             local = LOCAL_ATTENTION if self.entry["op"] == "attention" else LOCAL
         else:
             budget, local = DRIFT * self.drift, LOCAL_DRIFT
         norms = math.sqrt(s["ours"]) * math.sqrt(s["truth"])
-        inside = relative <= budget  # False for what is not a number
+        inside = relative <= budget and math.isfinite(relative)
         here = self.worst <= local
         return {
             "name": self.entry["name"],

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import copy
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -242,7 +243,7 @@ def answer(args: argparse.Namespace, asked: Asked, team: Team | None) -> int:
         return 0
     report = summary(args, asked, nodes, passes)
     if args.json:
-        print(json.dumps(report))
+        print(json.dumps(finite(report)))
     else:
         print(fold("\n".join(show(report, args.map)), columns(sys.stdout)))
     return 0 if report["ok"] else 1
@@ -374,6 +375,19 @@ def summary(args: argparse.Namespace, asked: Asked, nodes: Sequence[Node], passe
         "nodes": with_side,
         "not_compared": list(dict.fromkeys(node["name"] for node in nodes if node["counterpart"] is None)),
     }
+
+
+def finite(value: Any) -> Any:
+    """JSON has no word for infinity: null."""
+    match value:
+        case dict():
+            return {key: finite(one) for key, one in value.items()}
+        case list():
+            return [finite(one) for one in value]
+        case float():
+            return value if math.isfinite(value) else None
+        case _:
+            return value
 
 
 def compared_with(args: argparse.Namespace) -> str:

@@ -174,3 +174,34 @@ def test_a_directory_that_is_not_empty_is_not_written_over(model, tmp_path, caps
     assert code == 1
     assert str(tmp_path) in facts["problems"][0]["message"]
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_what_does_not_fit_the_memory_is_looked_into_layer_by_layer(model, capsys, monkeypatch):
+    from llmc.runtime.measure import trace
+
+    monkeypatch.setattr(trace, "free_memory", lambda: 3 * 205_000 + 2 * 300_000)  # transformers, and some values
+    more = ("--reference", str(model / "swapped"), "--dtype", "float32")
+    code, facts = said(capsys, *words(model, *more))
+    assert (code, facts["passes"], facts["first"]["node"]) == (1, 2, "layers.1.mlp.gate_up")
+
+
+def test_answers_that_are_not_numbers_are_null_in_json(model, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(model / "own", broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    command = words(model, "--dtype", "float32", "--reference", str(model / "own"))
+    command[2] = str(broken)
+    code, facts = said(capsys, *command)
+    assert (code, facts["first"]["node"], facts["first"]["relative"]) == (1, "layers.1.attn.o", None)
+
+
+def test_nodes_of_another_dtype_are_compared_too(model, tmp_path, capsys):
+    graph = tmp_path / "mixed.yaml"
+    policy = 'policy: [{nodes: "*norm", dtype: float32}, {nodes: lm_head, dtype: float32}]\n'
+    graph.write_text((model / "mine.yaml").read_text() + policy)
+    command = words(model, "--dtype", "bfloat16")
+    command[4] = str(graph)
+    code, facts = said(capsys, *command)
+    assert (code, facts["ok"], facts["not_compared"]) == (0, True, [])

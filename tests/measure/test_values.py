@@ -173,3 +173,8 @@ def test_a_token_with_a_huge_norm_does_not_hide_the_others(truth):
     ours = large.clone()
     ours[1:] *= 1 + 3e-3 * noise[1:]
     assert not compared(large, ours)["ok"]
+
+
+def test_where_transformers_overflows_nothing_is_asked_but_numbers(truth):
+    assert compared(truth, truth * 1.5, noise=math.inf)["ok"]
+    assert not compared(truth, truth * math.nan, noise=math.inf)["ok"]
