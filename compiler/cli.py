@@ -272,7 +272,7 @@ def run_flags(p: argparse.ArgumentParser) -> None:
 def trace_flags(p: argparse.ArgumentParser) -> None:
     from llmc.runtime.flags import TRACE_FLAGS, add_flags
 
-    p.usage = "llmc trace --model-path DIR [--input-ids 5,6,7] [--against DIR | --dump DIR] [flags; -h lists them]"
+    p.usage = "llmc trace --model-path DIR [--input-ids 5,6,7] [flags; -h lists them]"
     p.epilog = "The exit code is 1 where a value leaves its error budget. Flags may also be written with _."
     add_flags(p, TRACE_FLAGS)
 

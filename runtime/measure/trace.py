@@ -18,6 +18,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -396,33 +397,28 @@ def compared_with(args: argparse.Namespace) -> str:
     return f"transformers {version('transformers')} on {args.reference or args.model_path}"
 
 
-HEADS = ("value", "phase", "place", "cosine", "max abs", "relative", "ULP", "budget", "")
+HEADS = ("value", "place", "cosine", "max\nerror", "relative\nerror", "ULP", "budget", "")
 
 
 def show(report: Mapping[str, Any], with_map: bool) -> list[str]:
-    """The map if it is asked for, the table, what was not compared, and a closing line."""
+    """The map if it is asked for, a table for each phase, what was not compared, and a closing line."""
     nodes = report["nodes"]
     lines = []
     if with_map:
         lines += [*dict.fromkeys(f"{node['name']}  is  {node['counterpart']}" for node in nodes), ""]
-    rows = [
-        (
-            node["name"],
-            node["phase"],
-            node["place"],
-            f"{node['cosine']:.7f}",
-            f"{node['max_abs']:.1e}",
-            f"{node['relative']:.1e}",
-            "" if node["ulp"] is None else f"{node['ulp']:.0f}",
-            f"{node['budget']:.1e}",
-            "ok" if node["ok"] else f"errs {node['why']}",
-        )
-        for node in nodes
-    ]
-    lines += table(HEADS, rows, left=3)
+    for phase in dict.fromkeys(node["phase"] for node in nodes):
+        rows = [row_of(node) for node in nodes if node["phase"] == phase]
+        lines += [f"{phase}:", *table(HEADS, rows, left=2), ""]
     if report["not_compared"]:
         lines.append(f"not compared, because they have no counterpart: {', '.join(report['not_compared'])}")
     return [*lines, closing(report)]
+
+
+def row_of(node: Node) -> tuple[str, ...]:
+    numbers = (f"{node['cosine']:.6f}", f"{node['max_abs']:.1e}", f"{node['relative']:.1e}")
+    ulp = "" if node["ulp"] is None else f"{node['ulp']:.0f}"
+    verdict = "" if node["ok"] else f"errs {node['why']}"
+    return node["name"], os.path.basename(node["place"]), *numbers, ulp, f"{node['budget']:.1e}", verdict
 
 
 def closing(report: Mapping[str, Any]) -> str:
