@@ -44,7 +44,7 @@ from llmc.compiler.terminal import table
 from llmc.runtime.engine.engine import Engine, check_prompt
 from llmc.runtime.engine.sampling import Samples, SamplingParams, SamplingState
 from llmc.runtime.engine.tokenizer import eos_ids, load_tokenizer
-from llmc.runtime.flags import dtype_of
+from llmc.runtime.flags import dtype_of, spellings
 from llmc.runtime.foreign import quiet_transformers
 from llmc.runtime.prompts import as_file, encode, read_prompts
 from llmc.runtime.ranks import Team
@@ -317,14 +317,17 @@ def _cell(value: Any) -> str:
 def problems(args: argparse.Namespace) -> Iterator[str]:
     for name in ("max_kl", "step_kl", "max_error_rate"):
         if not getattr(args, name) >= 0:
-            yield f"--{name.replace('_', '-')} {getattr(args, name):g}: expected 0 or more"
+            yield f"{spellings(name)[0]} {getattr(args, name):g}: expected 0 or more"
     yield from input_problems(args)
 
 
 def input_problems(args: argparse.Namespace) -> Iterator[str]:
     given = [name for name in INPUTS if getattr(args, name) is not None]
     if len(given) > 1:
-        yield f"{' and '.join('--' + name.replace('_', '-') for name in given)} cannot be used together"
+        yield f"{' and '.join(spellings(name)[0] for name in given)} cannot be used together"
+    for name in ("window", "stride"):
+        if getattr(args, name) is not None:
+            yield f"{spellings(name)[0]} is for --text"
 
 
 def given_prompts(args: argparse.Namespace) -> list[list[int]] | None:

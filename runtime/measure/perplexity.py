@@ -35,6 +35,7 @@ from llmc.runtime.engine.engine import Engine
 from llmc.runtime.engine.logprobs import token_logprobs
 from llmc.runtime.engine.sampling import SamplingParams
 from llmc.runtime.engine.tokenizer import Tokenizer, load_tokenizer
+from llmc.runtime.flags import spellings
 from llmc.runtime.ranks import Team
 from llmc.runtime.room import Limit, Room, make_room
 from llmc.runtime.session import engine_in, limit_for, positions_of
@@ -177,6 +178,9 @@ def problems(args: argparse.Namespace) -> Iterator[str]:
     """What is wrong with the flags."""
     if args.logits == "last":
         yield "--logits last: perplexity needs those of every token"
+    for name in ("input_text", "input_ids", "input_file"):
+        if getattr(args, name) is not None:
+            yield f"{spellings(name)[0]} is a prompt of --golden or --golden-out; --text is read as it is"
     if args.csv:
         yield "--csv: a perplexity is no table; --json has the numbers"
     if args.window is not None and args.window < 2:

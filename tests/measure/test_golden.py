@@ -196,6 +196,7 @@ def test_files_that_are_not_what_they_should_be_are_named(checkpoint, goldens, c
         (["--golden", "nowhere"], "--golden nowhere: there is no such directory"),
         (["--golden", "empty"], "there is no logits_0.pth"),
         (["--golden", "empty", "--text", "a"], "--text and --golden cannot be used together"),
+        (["--golden", "empty", "--stride", "4"], "--stride is for --text"),
         (["--golden", "empty", "--max-kl", "-1"], "--max-kl -1: expected 0 or more"),
         (["--golden", "empty", "--golden-from", "transformers"], "--golden-from transformers is who writes"),
         (["--golden-out", "new", "--golden-from", "vllm", "--input-ids", "1"], "expected llmc or transformers"),

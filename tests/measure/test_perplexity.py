@@ -135,6 +135,8 @@ def test_a_token_counts_once_and_with_overlap_all_but_the_first_do(length, strid
         (["--text", "text.txt", "--window", "8", "--stride", "9"], "--stride 9: windows of 8 tokens would leave"),
         (["--text", "text.txt", "--stride", "65"], "--stride 65: windows of 64 tokens would leave"),
         (["--text", "text.txt", "--logits", "last"], "--logits last: perplexity needs those of every token"),
+        (["--text", "text.txt", "--input-ids", "1"], "--input-ids is a prompt of --golden or --golden-out"),
+        (["--text", "text.txt", "--csv", "a.csv"], "--csv: a perplexity is no table"),
         (["--text", "one.txt"], "there is nothing to count"),
         (["--text", "bytes.txt"], "it is not UTF-8 text: byte 0xff at 2"),
         (["--text", "bad.jsonl"], "bad.jsonl:2: expected a text"),
