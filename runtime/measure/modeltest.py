@@ -33,7 +33,7 @@ TYPES = {
     "fa": ("flash", None),
     "basic": (None, None),
 }
-TASKS = {name.lower(): name for name in ("BoolQ", "CEval", "GSM8K", "HumanEval", "MMLU", "TruthfulQA")}
+TASKS = {name.lower(): name for name in ("BoolQ", "CEval", "CMMLU", "GSM8K", "HumanEval", "MMLU", "TruthfulQA")}
 MODES = (
     "performance",
     "performance_maxbs",
@@ -45,6 +45,8 @@ MODES = (
 )
 PARALLEL = ("dp", "tp", "sp", "moe_tp", "moe_ep", "pp", "microbatch_size", "cp")
 PARALLEL_6 = ("dp", "tp", "moe_tp", "moe_ep", "pp", "microbatch_size")  # of performance tests
+IN_FRONT = "--data DIR, in front of the line"
+DATA = "data"  # of the original tests: a folder for each data set
 DEFAULT_RANGE = "[1,2000]"  # run.sh's own
 
 
@@ -184,7 +186,7 @@ def precision(read: Words, how: str, name: str, data: str, made: Translation) ->
         if "golden" not in offered:
             refuse(f"simplified_{name}: llmc eval does not compare with stored logits in this version")
         if not data:
-            refuse(f"simplified_{name}: where are logits_N.pth and tokens_N.pth?", "--data DIR, in front of the line")
+            refuse(f"simplified_{name}: where are logits_N.pth and tokens_N.pth?", IN_FRONT)
     elif task not in TASKS:
         refuse(
             f"{how}_{name}: this test is not offered", f"offered: {', '.join(f'full_{one}' for one in TASKS.values())}"
@@ -202,10 +204,13 @@ def precision(read: Words, how: str, name: str, data: str, made: Translation) ->
     if how == "simplified":
         found = ["--golden", data, "--dataset", name]
     else:
-        found = ["--tasks", task, "--data", data or f"data/{task}{'_edge' * (how == 'edge')}"]
-        found += ["--shots", shots] if shots else []
+        if how == "edge" and not data:
+            refuse(f"edge_{name}: its questions are a set of their own; where are they?", IN_FRONT)
+        found = ["--tasks", task, "--data", data or DATA, *(["--shots", shots] if shots else [])]
         if not data:
-            made.notes.append(f"--data {found[3]}: where the original tests keep the files; another place: --data DIR")
+            made.notes.append(f"--data {DATA}: the files are looked for in {DATA}/{task}; another place: --data DIR")
+        if task == "humaneval":
+            made.notes.append("it runs programs that the model writes, and only where you add --run-generated-code")
     return [[*found, "--batch-size", size] for size in sizes]
 
 

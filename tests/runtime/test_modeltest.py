@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+from types import SimpleNamespace
 
 import pytest
 
 from llmc.compiler.cli import COMMANDS, main
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.flags import EVAL_FLAGS
+from llmc.runtime.measure import modeltest
 from llmc.runtime.measure.modeltest import translate
 
 HAS_TASKS = "tasks" in {flag.name for flag in EVAL_FLAGS}
@@ -51,13 +53,11 @@ LINES = {
 }  # fmt: skip
 TASKS = {
     "pa_fp16 full_BoolQ 1 starcoder W 8":
-        "llmc eval --model-path W --dtype float16 --tp 8 --tasks boolq --data data/boolq --batch-size 1",
+        "llmc eval --model-path W --dtype float16 --tp 8 --tasks boolq --data data --batch-size 1",
     "fa full_MMLU 5 4 llama W 2":
-        "llmc eval --model-path W --attention flash --tp 2 --tasks mmlu --data data/mmlu --shots 5 --batch-size 4",
+        "llmc eval --model-path W --attention flash --tp 2 --tasks mmlu --data data --shots 5 --batch-size 4",
     "pa_fp16 full_CEval 1 llama False W 8":
-        "llmc eval --model-path W --dtype float16 --tp 8 --tasks ceval --data data/ceval --batch-size 1",
-    "basic edge_BoolQ 1 llama W 1":
-        "llmc eval --model-path W --tp 1 --tasks boolq --data data/boolq_edge --batch-size 1",
+        "llmc eval --model-path W --dtype float16 --tp 8 --tasks ceval --data data --batch-size 1",
 }  # fmt: skip
 
 
@@ -83,11 +83,21 @@ def test_a_precision_test_becomes_a_task_or_says_that_there_are_none(line, wante
     if HAS_TASKS:
         assert translate(shlex.split(line)).line == wanted
         parse(wanted)
-        elsewhere = translate(shlex.split(line), "DATA").line
-        assert "--data DATA" in elsewhere
+        assert "--data DATA " in translate(shlex.split(line), "DATA").line
     else:
         with pytest.raises(UserError, match="llmc eval has no tasks in this version"):
             translate(shlex.split(line))
+
+
+def test_data_of_an_edge_test_and_consent_to_run_programs_are_the_users_to_give(monkeypatch):
+    monkeypatch.setattr(modeltest, "EVAL_FLAGS", [SimpleNamespace(name="tasks")])  # also where there are none yet
+    line = "basic edge_BoolQ 1 llama W 1"
+    with pytest.raises(UserError, match="edge_BoolQ: its questions are a set of their own"):
+        translate(shlex.split(line))
+    assert translate(shlex.split(line), "EDGE").line.endswith("--tasks boolq --data EDGE --batch-size 1")
+    made = translate(shlex.split("pa_fp16 full_HumanEval 1 llama W 8"))
+    assert "--run-generated-code" not in made.line
+    assert any("--run-generated-code" in note for note in made.notes)
 
 
 @pytest.mark.parametrize(
