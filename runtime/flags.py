@@ -241,7 +241,6 @@ BENCH_FLAGS: tuple[Flag, ...] = (
         "1",
         "sequences at a time: 1,4 for every case, or a list for each: [[1,4],[8]]",
         OURS,
-        aliases=("batch_size",),
     ),
     Flag("repeats", positive, 3, "runs of each case that are counted", OURS),
     Flag("warm_up", whole, 1, "runs of each case before them that are not counted", OURS),
@@ -268,7 +267,6 @@ BENCH_FLAGS: tuple[Flag, ...] = (
     Flag("profile_threads", str, None, "1,2 profiles with so many threads each, and tells what does not scale", OURS),
     Flag("chrome", str, None, "write the profile as trace events, for Perfetto or chrome://tracing", OURS),
     *(flag for flag in ROOM_FLAGS if flag.name in ("max_prefill_tokens", "num_blocks", "memory")),
-    Flag("use_refactor", None, False, "accepted and ignored: there is one code path", PA),
     *OUTPUT_FLAGS,
 )
 

@@ -49,7 +49,6 @@ from llmc.runtime.session import (
     engine_in,
     limit_for,
     make_artifact,
-    note,
     on_cpu,
     positions_of,
     threads_used,
@@ -163,8 +162,6 @@ def prepare(args: argparse.Namespace, team: Team | None, cleanup: contextlib.Exi
         problems.append("--host-compile compiles the step of one batch; measure each batch by itself")
     if args.warm_up < 0:
         problems.append(f"--warm-up {args.warm_up}: expected 0 or more runs")
-    if args.use_refactor:
-        note("--use-refactor is ignored: there is one code path")
     refuse("bench", args, problems)
     for target in targets(args):
         check_target(*target)

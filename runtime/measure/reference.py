@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from llmc.compiler.diagnostics import UserError
 from llmc.runtime.foreign import no_questions, quiet_transformers
 from llmc.runtime.measure.compare import by_row
+from llmc.runtime.weights import check_directory
 
 ROPE = "apply_rotary_pos_emb"
 WORDS = {"output": "output of", "input": "input of", "embedding": "rows of", "activation": "activation in"}
@@ -214,6 +215,7 @@ def load(path: Path, dtype: torch.dtype) -> Any:
     """The model as a user of transformers loads it. UserError where it cannot be had without foreign code."""
     from transformers import AutoModelForCausalLM
 
+    check_directory(path)
     try:
         with no_questions(), quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(

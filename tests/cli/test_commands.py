@@ -194,6 +194,7 @@ def test_a_flag_means_one_thing_in_every_command():
         for action in flags_of(command):
             for word in action.option_strings:
                 kinds.setdefault(word, {}).setdefault(kind_of(action), []).append(command)
+    assert kinds.pop("--batch") == {"number": ["plan"], "words of batch": ["bench"]}  # bench: several, as in 1,4
     assert {word: found for word, found in kinds.items() if len(found) > 1} == {}
     assert len(kinds["--json"]["switch"]) == len(COMMANDS)
 
