@@ -488,7 +488,8 @@ def show_profile(facts: Mapping[str, Any], top: int) -> Iterator[str]:
     yield (
         f"{facts['phase']}, batch {facts['batch']}, prompt {facts['prompt']}, answer {facts['answer']}{threads}: "
         f"a step takes {ms(step)} ms; operations {ms(facts['operations_ms'])} ms "
-        f"({facts['operations_ms'] / step:.0%}), between them {ms(facts['between_ms'])} ms, inputs and sampling "
+        f"({facts['operations_ms'] / facts['watched_step_ms']:.0%} of a watched one), between them "
+        f"{ms(facts['between_ms'])} ms, inputs and sampling "
         f"{ms(facts['around_ms'])} ms (medians of {facts['steps']} steps)"
     )
     if clock["looks"]:
