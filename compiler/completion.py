@@ -76,10 +76,11 @@ VALUES: Mapping[str, Values] = {
     "fuse": fusions,
     "until": lambda **_: PASS_NAMES,
     **dict.fromkeys(
-        ("model_path", "artifact", "cache_dir", "allow_extends", "golden", "golden_out"), DirectoriesCompleter()
+        ("model_path", "artifact", "cache_dir", "allow_extends", "golden", "golden_out", "data"),
+        DirectoriesCompleter(),
     ),
     **dict.fromkeys(("output", "html", "source", "input_file", "text", "chat_template"), FilesCompleter()),
-    **dict.fromkeys(("times", "csv", "formatted", "chrome"), FilesCompleter()),
+    **dict.fromkeys(("times", "csv", "debug_csv", "formatted", "chrome"), FilesCompleter()),
 }
 
 

@@ -126,7 +126,7 @@ def encode(prompt: Prompt, tokenizer: Tokenizer | None, args: argparse.Namespace
         if isinstance(prompt, str) and not (args.is_chat_model or args.chat_template or args.system):
             ids = tokenizer.encode(prompt)
         else:
-            text = tokenizer.chat(conversation(prompt, args.system), template=_template(args))
+            text = tokenizer.chat(conversation(prompt, args.system), template=template_of(args))
             ids = tokenizer.encode(text, special=False)
     if args.max_input_length and len(ids) > args.max_input_length:
         note(f"a prompt of {len(ids)} tokens is cut to its first {args.max_input_length} (--max-input-length)")
@@ -141,7 +141,7 @@ def conversation(prompt: Any, system: str | None) -> list[Message]:
     return messages
 
 
-def _template(args: argparse.Namespace) -> str | None:
+def template_of(args: argparse.Namespace) -> str | None:
     """A file's content, or the text itself."""
     text = args.chat_template
     if text and "{" not in text:

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import json
 import logging
 import os
 import signal
@@ -166,6 +167,7 @@ class Team:
         self.end_limit = seconds(END_LIMIT, END_SECONDS)
         self.arrived = threading.Event()
         self.store: Any = None
+        self.told = 0  # how often rank 0 has said something
 
     def connect(self) -> None:
         """Reach the store that the agent (or rank 0) keeps at MASTER_ADDR:MASTER_PORT."""
@@ -284,6 +286,23 @@ class Team:
         except RuntimeError as error:
             raise Gone(str(error)) from None
         return told[0]
+
+    def say(self, value: Any) -> None:
+        """From rank 0 to all others, who `hear` it: anything that JSON can say, also before the ranks have met."""
+        if not self.alone:
+            self.store.set(f"llmc/said/{self.told}", json.dumps(value))
+            self.told += 1
+
+    def hear(self) -> Any:
+        """What rank 0 says next, however long that takes."""
+        key = f"llmc/said/{self.told}"
+        self.told += 1
+        try:
+            while not self.store.check([key]):
+                time.sleep(0.005)
+            return json.loads(self.store.get(key))
+        except RuntimeError as error:
+            raise Gone(str(error)) from None
 
     def sampler(self, sampler: Samples) -> Samples:
         """Rank 0's choice, on every rank."""

@@ -1,6 +1,7 @@
 """`llmc eval`: how good a checkpoint's answers are, by the generated code that runs.
 
     llmc eval --model-path W --text FILE              # perplexity of a text (perplexity.py)
+    llmc eval --model-path W --tasks boolq --data DIR # tasks of lm-eval (tasks.py)
     llmc eval --model-path W --golden DIR             # logits of each step against another program's (golden.py)
     llmc eval --model-path W --golden-out DIR --input-text "Once upon a time"     # write such files
 
@@ -27,7 +28,7 @@ from llmc.compiler.terminal import columns, fold
 from llmc.runtime import npu
 from llmc.runtime.engine.engine import Engine
 from llmc.runtime.flags import EVAL_FLAGS, refuse, spellings, words_of
-from llmc.runtime.measure import golden, perplexity
+from llmc.runtime.measure import golden, perplexity, tasks
 from llmc.runtime.ranks import Team
 from llmc.runtime.session import (
     built,
@@ -77,6 +78,7 @@ KINDS: Mapping[
     "text": (perplexity.problems, perplexity.prepare),
     "golden": (golden.problems, golden.prepare),
     "golden_out": (golden.record_problems, golden.prepare_recording),
+    "tasks": (tasks.problems, tasks.prepare),
 }
 
 

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from generated_tasks import save_tasks
 
 from llmc.compiler.cli import COMMANDS, main
 
@@ -83,6 +84,8 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(ROOT / "graphs", folder / "graphs")
     shutil.copy(ROOT / "README.md", folder)
+    (folder / "tasks").mkdir()
+    save_tasks(folder / "tasks")
     torch.manual_seed(0)
     narrow = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = AutoConfig.from_pretrained(demo_weights(), num_hidden_layers=2, head_dim=16, **narrow)
