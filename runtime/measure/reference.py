@@ -213,9 +213,14 @@ def columns(value: Tensor, rows: Mapping[str, int] | None) -> Tensor:
 
 def load(path: Path, dtype: torch.dtype) -> Any:
     """The model as a user of transformers loads it. UserError where it cannot be had without foreign code."""
-    from transformers import AutoModelForCausalLM
-
     check_directory(path)
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise UserError(
+            "transformers is not installed, and it is what a trace compares with",
+            hint="pip install transformers; or --against DIR, another artifact or a dump",
+        ) from None
     try:
         with no_questions(), quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(

@@ -107,14 +107,26 @@ def test_a_dump_of_one_machine_is_compared_with_on_another(model, tmp_path, caps
     assert (code, facts["ok"]) == (0, True)
 
 
-def test_a_dump_needs_no_transformers(model, tmp_path):
+def without_transformers(command: list[str]) -> subprocess.CompletedProcess[str]:
     script = (
         "import sys; sys.modules['transformers'] = None\n"  # importing it fails
         "from llmc.compiler.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", script, *words(model, "--dump", str(tmp_path / "dump"), "--dtype", "float32")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True)
+
+
+def test_without_transformers_a_dump_is_written_and_compared_with_coarse_budgets(model, tmp_path):
+    dump = str(tmp_path / "dump")
+    done = without_transformers(words(model, "--dump", dump, "--dtype", "float32"))
     assert (done.returncode, done.stderr) == (0, "")
+    done = without_transformers(words(model, "--against", dump, "--dtype", "float32", "--fuse", "none", prompts=False))
+    assert done.returncode == 0
+    assert "budgets are coarse" in " ".join(done.stderr.split())
+    done = without_transformers(
+        words(model, "--against", dump, "--dtype", "float32", "--json", weights="swapped", prompts=False)
+    )
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["first"]["node"] == "layers.1.mlp.gate_up"
 
 
 @pytest.mark.parametrize(
