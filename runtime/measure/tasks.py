@@ -38,6 +38,7 @@ from llmc.runtime.prompts import template_of
 from llmc.runtime.ranks import Team
 from llmc.runtime.room import Limit, Room, make_room
 from llmc.runtime.session import engine_in, limit_for, note, positions_of
+from llmc.runtime.weights import progress_bar
 
 if TYPE_CHECKING:
     from llmc.runtime.measure.harness import EngineLM
@@ -152,10 +153,11 @@ def load_suite(args: argparse.Namespace) -> Suite:
     alone = len(files) == len(words) and not any(is_group(Path(word)) for word in files)
     manager = TaskManager(include_defaults=not alone)  # reading lm-eval's 14000 files takes seconds
     suite = Suite()
-    for word in words:
-        names = [word] if word in files else named(word, manager)
-        for name in names:
+    names = [(word, name) for word in words for name in ([word] if word in files else named(word, manager))]
+    with progress_bar("reading tasks", len(names), not (args.quiet or args.json)) as advance:
+        for word, name in names:
             add(suite, args, word, name, manager)
+            advance(1)
     for name, task in suite.tasks.items():
         settle_task(name, task, args)
     return suite
@@ -317,24 +319,28 @@ class Job:
         seed_all()
         chat = self.chat
         needed: Counter[int] = Counter()
-        for name, task in self.suite.tasks.items():
-            try:
-                with quiet():
-                    task.build_all_requests(
-                        limit=get_sample_size(task, self.args.limit),
-                        system_instruction=self.args.system,
-                        apply_chat_template=chat,
-                        fewshot_as_multiturn=chat,
-                        chat_template=lm.apply_chat_template if chat else None,
-                        tokenizer_name=lm.tokenizer_name if chat else "",
-                    )
-                needed += lm.read(task.instances)
-            except UserError as error:
-                raise UserError(f"{name}: {error.message}", hint=error.hint) from None
-            except Exception as error:  # configurations and data are foreign
-                raise told(error, name, [task.dataset] if hasattr(task.dataset, "missing") else []) from None
-            # `evaluate` builds requests itself; they are there already, and shots would be drawn anew
-            task.build_all_requests = lambda **_: None
+        bar = progress_bar("building requests", len(self.suite.tasks), not (self.args.quiet or self.args.json))
+        with bar as advance:
+            for name, task in self.suite.tasks.items():
+                try:
+                    with quiet():
+                        task.build_all_requests(
+                            limit=get_sample_size(task, self.args.limit),
+                            system_instruction=self.args.system,
+                            apply_chat_template=chat,
+                            fewshot_as_multiturn=chat,
+                            chat_template=lm.apply_chat_template if chat else None,
+                            tokenizer_name=lm.tokenizer_name if chat else "",
+                        )
+                    needed += lm.read(task.instances)
+                except UserError as error:
+                    raise UserError(f"{name}: {error.message}", hint=error.hint) from None
+                except Exception as error:  # configurations and data are foreign
+                    splits = getattr(task, "dataset", None)
+                    raise told(error, name, [splits] if hasattr(splits, "missing") else []) from None
+                # `evaluate` builds requests itself; they are there already, and shots would be drawn anew
+                task.build_all_requests = lambda **_: None
+                advance(1)
         if lm.cut:
             note(
                 f"{lm.cut} request{'s are' if lm.cut > 1 else ' is'} longer than the {lm.max_length} tokens of a "
