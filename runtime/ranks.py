@@ -289,9 +289,12 @@ class Team:
 
     def say(self, value: Any) -> None:
         """From rank 0 to all others, who `hear` it: anything that JSON can say, also before the ranks have met."""
-        if not self.alone:
-            self.store.set(f"llmc/said/{self.told}", json.dumps(value))
-            self.told += 1
+        if self.alone:
+            return
+        self.store.set(f"llmc/said/{self.told}", json.dumps(value))
+        self.told += 1
+        if self.told > 2:  # what was said before the last one has been heard: all ranks took steps since
+            self.store.delete_key(f"llmc/said/{self.told - 3}")
 
     def hear(self) -> Any:
         """What rank 0 says next, however long that takes."""

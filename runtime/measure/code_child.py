@@ -32,6 +32,7 @@ LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 READ = 1 << 2 | 1 << 3  # READ_FILE, READ_DIR
 ALL_FILES = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1}  # by version: 13 rights, REFER, TRUNCATE
 ALL_TCP = 1 << 0 | 1 << 1  # BIND_TCP, CONNECT_TCP, from version 4
+OUTSIDE = 1 << 0 | 1 << 1  # abstract sockets of, and signals to, processes outside, from version 6
 READABLE = (
     "/usr/lib",
     "/usr/lib64",
@@ -88,10 +89,10 @@ def refuse(event: str, _: Any) -> None:
 
 
 def lock_files(libc: Any) -> None:
-    """Reading below Python's own directories, everything in this (empty) one, and nothing else."""
+    """Reading below Python's own directories, everything in this (empty) one, and nothing else; no signal to others."""
 
     class Ruleset(ctypes.Structure):
-        _fields_ = (("files", ctypes.c_uint64), ("net", ctypes.c_uint64))
+        _fields_ = (("files", ctypes.c_uint64), ("net", ctypes.c_uint64), ("scoped", ctypes.c_uint64))
 
     class Beneath(ctypes.Structure):
         _pack_ = 1
@@ -101,8 +102,9 @@ def lock_files(libc: Any) -> None:
     if version < 1:
         return
     every = ALL_FILES[min(version, max(ALL_FILES))]
-    rules = Ruleset(every, ALL_TCP if version >= 4 else 0)
-    ruleset = libc.syscall(LANDLOCK_CREATE, ctypes.byref(rules), 16 if version >= 4 else 8, 0)
+    rules = Ruleset(every, ALL_TCP if version >= 4 else 0, OUTSIDE if version >= 6 else 0)
+    size = 24 if version >= 6 else 16 if version >= 4 else 8
+    ruleset = libc.syscall(LANDLOCK_CREATE, ctypes.byref(rules), size, 0)
     if ruleset < 0:
         return
     own = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), sys.base_prefix, *READABLE}
