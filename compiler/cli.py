@@ -287,7 +287,7 @@ def bench_flags(p: argparse.ArgumentParser) -> None:
 def eval_flags(p: argparse.ArgumentParser) -> None:
     from llmc.runtime.flags import EVAL_FLAGS, add_flags
 
-    p.usage = "llmc eval --model-path DIR (--text FILE | --tasks A,B | --golden DIR) [flags]"
+    p.usage = "llmc eval --model-path DIR --text FILE|--tasks A,B|--golden DIR [flags]"
     add_flags(p, EVAL_FLAGS)
 
 
