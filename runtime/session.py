@@ -312,10 +312,10 @@ def engine_in(
     bound: Limit | None,
     team: Team | None = None,
     *,
-    weights: Callable[..., dict[str, torch.Tensor]] = load_weights,
+    weights: Callable[..., dict[str, torch.Tensor]] | None = None,
 ) -> Engine:
     """An engine with the caches that `room_in` finds room for in what a rank may use. `weights` takes what
-    `load_weights` takes."""
+    `load_weights` takes, and stands in for it."""
     manifest, limit = artifact.manifest, positions_of(args, artifact.manifest)
     room = room_in(bound)
     atb, device, ranks = open_device(manifest, args.torch_device, team)
@@ -330,7 +330,7 @@ def engine_in(
     if not (bound and bound.host):
         note_memory(manifest["memory"]["weight_bytes"] * (team.place.local_world_size if team else 1), device)
     caches = make_caches(manifest, room.sizes, device)
-    held = weights(
+    held = (weights or load_weights)(
         manifest["weights"],
         args.model_path,
         splits=manifest["splits"],

@@ -64,9 +64,9 @@ class Meter:
             self.around[self.now] = max(self.around[self.now], held)
             return outputs
 
-        def watched_line(steps: Sequence[Step], *, inputs: int, outputs: int, located: Any) -> Any:
+        def watched_line(steps: Sequence[Step], *, inputs: int, outputs: int, **more: Any) -> Any:
             watched = [replace(step, code=None, run=self.after(step, inputs + outputs)) for step in steps]
-            return plain_line(watched, inputs=inputs, outputs=outputs, located=located)
+            return plain_line(watched, inputs=inputs, outputs=outputs, **more)
 
         patch.setattr(Operation, "forward", watched_forward)
         patch.setattr(graphs, "straight_line", watched_line)

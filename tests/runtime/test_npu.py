@@ -349,7 +349,9 @@ def test_the_workspace_has_the_size_of_the_largest_step_before_a_graph_is_built(
     monkeypatch.setattr(session, "Engine", lambda *args, **kwargs: None)
     monkeypatch.setattr(session, "eos_ids", lambda path: [])
     words = dict.fromkeys(("max_position_embeddings", "torch_device", "batch_size", "num_blocks", "memory", "graph"))
-    args = types.SimpleNamespace(**words, max_prefill_tokens=0, model_path=".", quiet=True, json=False)
+    args = types.SimpleNamespace(
+        **words, max_prefill_tokens=0, model_path=".", quiet=True, json=False, host_compile=False
+    )
     artifact = types.SimpleNamespace(manifest=manifest)
     session.make_engine(args, artifact, None, [[1] * 900] * 3, SamplingParams(max_tokens=9))
     step = needed(manifest["memory"], tokens=2700, batch=3, context=909, positions=4096)["workspace"]
