@@ -79,7 +79,8 @@ def prepare(args: argparse.Namespace, team: Team | None, cleanup: contextlib.Exi
     for index, prompt in enumerate(ids):
         check_prompt(index, prompt, vocab=sizes.get("vocab"), max_length=longest)
     requests = requests_of(ids, args.batch_size)
-    room_for(args, artifact.manifest, requests, params, limit_for(args, artifact.manifest, requests, params, team))
+    limit = limit_for(args, artifact.manifest, requests, params.max_tokens, team)
+    room_for(args, artifact.manifest, requests, params.max_tokens, limit)
     return Asked(params=params, tokenizer=tokenizer, prompts=prompts, ids=ids, artifact=artifact)
 
 

@@ -300,8 +300,9 @@ def make_engine(
     if max(map(len, prompts)) < limit < max(map(len, prompts)) + params.max_tokens:
         note(f"answers end where a sequence has {limit} tokens in all, prompt included")
     requests = Counter(map(len, prompts))
-    bound = limit_for(args, manifest, requests, params, team)
-    return engine_in(args, artifact, tokenizer, partial(room_for, args, manifest, requests, params), bound, team)
+    bound = limit_for(args, manifest, requests, params.max_tokens, team)
+    room_in = partial(room_for, args, manifest, requests, params.max_tokens)
+    return engine_in(args, artifact, tokenizer, room_in, bound, team)
 
 
 def engine_in(
@@ -386,7 +387,7 @@ def limit_for(
     args: argparse.Namespace,
     manifest: Mapping[str, Any],
     requests: Counter[int],
-    params: SamplingParams,
+    answer: int,
     team: Team | None,
 ) -> Limit | None:
     """What a rank may use: what the user or the device's profile says, else the free memory where tensors live on the
@@ -397,7 +398,7 @@ def limit_for(
         free_memory(),
         team.place.local_world_size if team else manifest["world_size"],
         requests,
-        answer=params.max_tokens,
+        answer=answer,
         positions=positions_of(args, manifest),
     )
     said = memory_limit(
@@ -422,19 +423,23 @@ def room_for(
     args: argparse.Namespace,
     manifest: Mapping[str, Any],
     requests: Counter[int],
-    params: SamplingParams,
+    answer: int,
     limit: Limit | None,
+    *,
+    batch: int | None = None,
+    prefill_tokens: int | None = None,
 ) -> Room:
     """The cache and the batch: the whole batch at its longest, unless --num-blocks or the memory says less. UserError
-    where what is asked for does not fit. `requests`: tokens of a prompt -> how many."""
+    where what is asked for does not fit. `requests`: tokens of a prompt -> how many; `batch`: instead of --batch-size;
+    `prefill_tokens`: where --max-prefill-tokens does not say."""
     return make_room(
         manifest,
         requests,
-        answer=params.max_tokens,
-        max_batch=args.batch_size or requests.total(),
+        answer=answer,
+        max_batch=batch or args.batch_size or requests.total(),
         positions=positions_of(args, manifest),
         blocks=args.num_blocks,
-        prefill_tokens=args.max_prefill_tokens if args.max_prefill_tokens > 0 else None,
+        prefill_tokens=args.max_prefill_tokens if args.max_prefill_tokens > 0 else prefill_tokens,
         limit=limit,
     )
 

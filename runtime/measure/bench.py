@@ -41,7 +41,7 @@ from llmc.runtime.hostatb.choices import CHOICES
 from llmc.runtime.hostatb.pages import settle
 from llmc.runtime.measure import profile as profiling
 from llmc.runtime.ranks import Team
-from llmc.runtime.room import Limit, Room, make_room
+from llmc.runtime.room import Limit, Room
 from llmc.runtime.session import (
     built,
     check_world_size,
@@ -51,6 +51,7 @@ from llmc.runtime.session import (
     make_artifact,
     on_cpu,
     positions_of,
+    room_for,
     threads_used,
     use_cpu,
     work,
@@ -286,23 +287,14 @@ def ordinary_ids(model_path: Path, vocab: int) -> list[int]:
 
 def limit_of(args: argparse.Namespace, asked: Asked, cases: Sequence[Case], team: Team | None) -> Limit | None:
     """What a rank may use, beside the requests of whichever case has most."""
-    limits = [limit_for(args, asked.artifact.manifest, case.requests, case.params, team) for case in cases]
+    limits = [limit_for(args, asked.artifact.manifest, case.requests, case.answer, team) for case in cases]
     return min((limit for limit in limits if limit), key=lambda limit: limit.usable, default=None)
 
 
 def fitting(args: argparse.Namespace, manifest: Mapping[str, Any], case: Case, limit: Limit | None) -> Room:
     """Room for the whole batch at its longest; UserError where there is not so much."""
     try:
-        room = make_room(
-            manifest,
-            case.requests,
-            answer=case.answer,
-            max_batch=case.batch,
-            positions=positions_of(args, manifest),
-            blocks=args.num_blocks,
-            prefill_tokens=args.max_prefill_tokens if args.max_prefill_tokens > 0 else None,
-            limit=limit,
-        )
+        room = room_for(args, manifest, case.requests, case.answer, limit, batch=case.batch)
     except UserError as error:
         raise UserError(f"{case}: {error.message}", hint=error.hint) from None
     if room.note:

@@ -48,8 +48,8 @@ from llmc.runtime.flags import dtype_of, spellings
 from llmc.runtime.foreign import quiet_transformers
 from llmc.runtime.prompts import as_file, encode, read_prompts
 from llmc.runtime.ranks import Team
-from llmc.runtime.room import Limit, Room, make_room
-from llmc.runtime.session import checkpoint_config, engine_in, limit_for, positions_of
+from llmc.runtime.room import Limit, Room
+from llmc.runtime.session import checkpoint_config, engine_in, limit_for, positions_of, room_for
 from llmc.runtime.weights import progress_bar
 
 COLUMNS = ("Model", "Dataset", "Batchsize", "Logits Num", "Greatest KLL", "Error Rate", "Result")
@@ -199,20 +199,11 @@ class Generation:
         return as_file(self.prompts, folder) if self.given else {}
 
     def limit(self, args: argparse.Namespace, team: Team | None) -> Limit | None:
-        params = SamplingParams(max_tokens=self.steps)
-        return limit_for(args, self.artifact.manifest, Counter(map(len, self.prompts)), params, team)
+        return limit_for(args, self.artifact.manifest, Counter(map(len, self.prompts)), self.steps, team)
 
     def room(self, args: argparse.Namespace, limit: Limit | None) -> Room:
-        return make_room(
-            self.artifact.manifest,
-            Counter(map(len, self.prompts)),
-            answer=self.steps,
-            max_batch=self.batch,
-            positions=positions_of(args, self.artifact.manifest),
-            blocks=args.num_blocks,
-            prefill_tokens=args.max_prefill_tokens if args.max_prefill_tokens > 0 else None,
-            limit=limit,
-        )
+        requests = Counter(map(len, self.prompts))
+        return room_for(args, self.artifact.manifest, requests, self.steps, limit, batch=self.batch)
 
     def engine(self, args: argparse.Namespace, team: Team | None) -> Engine:
         return engine_in(args, self.artifact, None, partial(self.room, args), self.limit(args, team), team)

@@ -33,16 +33,14 @@ from llmc.compiler.diagnostics import UserError
 from llmc.compiler.files import Unreadable, parse_json, read_text
 from llmc.runtime.engine.engine import Engine
 from llmc.runtime.engine.logprobs import token_logprobs
-from llmc.runtime.engine.sampling import SamplingParams
 from llmc.runtime.engine.tokenizer import Tokenizer, load_tokenizer
 from llmc.runtime.flags import spellings
 from llmc.runtime.ranks import Team
-from llmc.runtime.room import Limit, Room, make_room
-from llmc.runtime.session import engine_in, limit_for, positions_of
+from llmc.runtime.room import Limit, Room
+from llmc.runtime.session import engine_in, limit_for, positions_of, room_for
 
 TEXT_BYTES = 1 << 30
 WINDOW = 2048  # unless the model has fewer positions
-ONE = SamplingParams(max_tokens=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,27 +107,21 @@ class Perplexity:
         return {}
 
     @property
+    def requests(self) -> Counter[int]:
+        return Counter(len(window.ids) for window in self.windows)
+
+    @property
     def total(self) -> int:
         return sum(len(window.ids) for window in self.windows)
 
     def room(self, args: argparse.Namespace, limit: Limit | None) -> Room:
         """Caches for one prefill: nothing is read again."""
-        longest = max(len(window.ids) for window in self.windows)
         batch = args.batch_size or 1
-        return make_room(
-            self.artifact.manifest,
-            Counter(len(window.ids) for window in self.windows),
-            answer=0,
-            max_batch=batch,
-            positions=positions_of(args, self.artifact.manifest),
-            blocks=args.num_blocks,
-            prefill_tokens=args.max_prefill_tokens if args.max_prefill_tokens > 0 else longest * batch,
-            limit=limit,
-        )
+        read = max(self.requests) * batch
+        return room_for(args, self.artifact.manifest, self.requests, 0, limit, batch=batch, prefill_tokens=read)
 
     def limit(self, args: argparse.Namespace, team: Team | None) -> Limit | None:
-        requests = Counter(len(window.ids) for window in self.windows)
-        return limit_for(args, self.artifact.manifest, requests, ONE, team)
+        return limit_for(args, self.artifact.manifest, self.requests, 1, team)
 
     def engine(self, args: argparse.Namespace, team: Team | None) -> Engine:
         return engine_in(args, self.artifact, self.tokenizer, partial(self.room, args), self.limit(args, team), team)

@@ -32,12 +32,11 @@ from llmc.compiler.diagnostics import UserError, did_you_mean
 from llmc.compiler.files import check_target, write_whole
 from llmc.compiler.terminal import table
 from llmc.runtime.engine.engine import Engine
-from llmc.runtime.engine.sampling import SamplingParams
 from llmc.runtime.engine.tokenizer import load_tokenizer
 from llmc.runtime.prompts import template_of
 from llmc.runtime.ranks import Team
-from llmc.runtime.room import Limit, Room, make_room
-from llmc.runtime.session import engine_in, limit_for, note, positions_of
+from llmc.runtime.room import Limit, Room
+from llmc.runtime.session import engine_in, limit_for, note, positions_of, room_for
 from llmc.runtime.weights import progress_bar
 
 if TYPE_CHECKING:
@@ -59,7 +58,6 @@ READ_AT_ONCE = 1024  # tokens of a prefill: each has logits of the whole vocabul
 BOOTSTRAPS = 1000  # of metrics that are no mean; lm-eval's 100000 take minutes in one process, for a third digit
 COLUMNS = ("Model", "Dataset", "Batchsize", "Shots", "Samples", "Metric", "Filter", "Stderr", "Result")
 DEBUG_COLUMNS = ("key", "queries", "input_token_ids", "output_token_ids", "test_result", "golden_result", "pass")
-ONE = SamplingParams(max_tokens=1)
 
 
 @dataclass
@@ -308,9 +306,8 @@ class Job:
             assert team
             needed = Counter(dict(team.hear()))
         room = partial(self.room, needed)
-        return engine_in(
-            args, self.artifact, None, room, limit_for(args, self.artifact.manifest, needed, ONE, team), team
-        )
+        limit = limit_for(args, self.artifact.manifest, needed, 1, team)
+        return engine_in(args, self.artifact, None, room, limit, team)
 
     def requests(self, lm: EngineLM) -> Counter[int]:
         """Tokens of the longest sequences that the engine is given at once -> how many."""
@@ -355,17 +352,8 @@ class Job:
 
     def room(self, needed: Counter[int], limit: Limit | None) -> Room:
         """Answers are part of these lengths."""
-        args = self.args
-        return make_room(
-            self.artifact.manifest,
-            needed,
-            answer=0,
-            max_batch=self.batch,
-            positions=positions_of(args, self.artifact.manifest),
-            blocks=args.num_blocks,
-            prefill_tokens=args.max_prefill_tokens if args.max_prefill_tokens > 0 else max(READ_AT_ONCE, *needed),
-            limit=limit,
-        )
+        read = max(READ_AT_ONCE, *needed)
+        return room_for(self.args, self.artifact.manifest, needed, 0, limit, batch=self.batch, prefill_tokens=read)
 
     def run(self, engine: Engine, advance: Callable[[int], None], *, talks: bool = True) -> dict[str, Any]:
         """On rank 0 the metrics of all tasks; the others follow its engine."""
