@@ -68,3 +68,12 @@ def save_words_model() -> Callable[[Path, int], None]:
         (folder / "mine.yaml").write_text(variant_from_config(read_config(folder), "mine"))
 
     return save
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, save_words_model: Callable[[Path, int], None]) -> Path:
+    """A llama of 2 layers with 64 positions, whose tokens are the words w0 to w63: 1 begins and 2 ends a text. A module
+    has its own and may write there; one that needs another checkpoint has its own fixture of this name."""
+    path = tmp_path_factory.mktemp("tiny")
+    save_words_model(path, 64)
+    return path

@@ -97,13 +97,6 @@ def test_the_command_line_is_escaped_where_it_is_repeated(capsys):
         clean(capsys.readouterr().err)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, save_words_model) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    save_words_model(path, 64)
-    return path
-
-
 def test_tensor_names_of_a_checkpoint_are_escaped(checkpoint, tmp_path, capsys):
     import shutil
 

@@ -20,13 +20,6 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, save_words_model) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    save_words_model(path, 64)
-    return path
-
-
-@pytest.fixture(scope="module")
 def goldens(checkpoint) -> Path:
     """Of transformers in float32."""
     target = checkpoint / "goldens"

@@ -26,14 +26,6 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, save_words_model) -> Path:
-    """A llama of 2 layers with 64 tokens, of which 1 begins and 2 ends a text, and 64 positions."""
-    path = tmp_path_factory.mktemp("tiny")
-    save_words_model(path, 64)
-    return path
-
-
 def run(checkpoint: Path, *words: str) -> int:
     graph = ["--graph", str(checkpoint / "mine.yaml")]
     return main(["bench", "--model-path", str(checkpoint), *graph, "--dtype", "float32", *words])

@@ -64,13 +64,6 @@ def mutate(manifest: dict[str, Any], draw: random.Random) -> dict[str, Any]:
     return changed
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, save_words_model) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    save_words_model(path, 64)
-    return path
-
-
 @pytest.fixture(scope="module", params=["paged", "flash"])
 def compiled(request, checkpoint, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("artifacts") / request.param

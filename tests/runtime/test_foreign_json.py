@@ -22,13 +22,6 @@ TEXTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, save_words_model) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    save_words_model(path, 64)
-    return path
-
-
 def run(folder: Path) -> int:
     words = ["--graph", str(folder / "mine.yaml"), "--input-text", "w1", "--dtype", "float32"]
     return main(["run", "--model-path", str(folder), *words, "--max-output-length", "1"])

@@ -18,13 +18,6 @@ from llmc.runtime.hostatb import inductor
 IDS = ["1,5,9,2", "3,3,3,3,3,3,3", "7"]  # answers of equal length, from prompts that are not
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, save_words_model) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    save_words_model(path, 64)
-    return path
-
-
 def answers(checkpoint: Path, capsys, *words: str) -> tuple[list[list[int]], str]:
     """The tokens, and what was said on stderr."""
     run = ["run", "--model-path", str(checkpoint), "--graph", str(checkpoint / "mine.yaml"), "--ignore-eos", "--json"]

@@ -19,13 +19,6 @@ from llmc.runtime.measure import profile
 from llmc.runtime.measure.profile import Kernel, Piece, Profile, Seen
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, save_words_model) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    save_words_model(path, 64)
-    return path
-
-
 def run(checkpoint: Path, *words: str) -> int:
     graph = [] if "--artifact" in words else ["--graph", str(checkpoint / "mine.yaml")]
     cases = ["--cases", "[[12,6]]", "--batch", "2", "--repeats", "2"]

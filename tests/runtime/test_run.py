@@ -25,14 +25,6 @@ from llmc.runtime.prompts import read_prompts, replicate
 PROMPTS = [[1, 5, 9, 2], [3] * 11, [7]]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, save_words_model) -> Path:
-    """A llama of 2 layers whose tokens are the words w0 to w63."""
-    path = tmp_path_factory.mktemp("tiny")
-    save_words_model(path, 64)
-    return path
-
-
 def run(checkpoint: Path, *words: str) -> int:
     graph = ["--graph", str(checkpoint / "mine.yaml")]
     return main(["run", "--model-path", str(checkpoint), *graph, "--dtype", "float32", *words])
