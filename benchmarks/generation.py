@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -38,7 +37,7 @@ from llmc.runtime.engine.sequence import Sequence
 from llmc.runtime.executor import Executor
 from llmc.runtime.hostatb.inductor import HostCompiler, check_compiler
 from llmc.runtime.hostatb.pages import settle
-from llmc.runtime.machine import cpu_isa, cpu_model
+from llmc.runtime.machine import cores, cpu_isa, cpu_model
 from llmc.runtime.weights import load_weights
 
 CONTEXT, STEPS, POSITIONS = 128, 16, 1024
@@ -199,17 +198,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    cores = len(os.sched_getaffinity(0))
-    machine = {"cpu": cpu_model(), "isa": cpu_isa(), "cores": cores, "torch": torch.__version__, "reads": {}}
+    count = cores()
+    machine = {"cpu": cpu_model(), "isa": cpu_isa(), "cores": count, "torch": torch.__version__, "reads": {}}
     results = {}
-    for threads in args.threads or range(1, min(cores, 2) + 1):
+    for threads in args.threads or range(1, min(count, 2) + 1):
         torch.set_num_threads(threads)
         machine["reads"][threads] = read_rate()
         results[threads] = measured(args)
     if args.json:
         print(json.dumps({**machine, "threads": results}, indent=1))
         return
-    print(f"{machine['cpu']} ({' '.join(machine['isa'])}), {cores} cores, torch {machine['torch']}")
+    print(f"{machine['cpu']} ({' '.join(machine['isa'])}), {count} cores, torch {machine['torch']}")
     print(f"SmolLM2-135M, {args.dtype}, {args.attention}; ms, median of {args.rounds} rounds, wall / CPU")
     for threads, result in results.items():
         print(f"{threads} thread{'s' * (threads > 1)}, {reading(machine['reads'][threads])}")

@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import pydoc_data.topics
-import statistics
 import subprocess
 import sys
 import time
@@ -161,10 +161,7 @@ def weight_bytes(model_path: Path, dtype: str) -> int:
     for path in model_path.glob("*.safetensors"):
         with safe_open(path, "np") as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
-                size = 1
-                for dim in file.get_slice(name).get_shape():
-                    size *= dim
-                count += size
+                count += math.prod(file.get_slice(name).get_shape())
     return count * (4 if dtype == "float32" else 2)
 
 
@@ -274,7 +271,7 @@ def main(words: Sequence[str] | None = None) -> int:
         PARTS[part](report, asked)
     path = report.write()
     failed = sum(not ok for _, ok, _, _ in report.rows)
-    took = statistics.fsum(seconds for _, _, seconds, _ in report.rows)
+    took = sum(seconds for _, _, seconds, _ in report.rows)
     print(f"{path}: {len(report.rows)} steps in {took:.0f} s, {failed or 'none'} failed")
     return 1 if failed else 0
 

@@ -7,11 +7,13 @@ data = read_bytes("graphs/mine.yaml", 1 << 20)      # or Unreadable("it is a pip
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,25 @@ def parse_json(text: str) -> Any:
     if level:
         raise Unreadable(f"it is nested more than {JSON_DEPTH} deep")
     return value
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content, read block by block."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """The text of a .csv file. A cell is written as `str` has it, None as nothing."""
+    import csv  # here: every command imports this file
+    import io
+
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def check_target(target: Path, flag: str) -> None:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.compiler.diagnostics import UserError
+from llmc.compiler.files import sha256_of
 from llmc.compiler.terminal import columns, fold
 from llmc.runtime.machine import cache_directory
 
@@ -97,7 +98,7 @@ def demo_weights(cache_dir: Path | None = None, *, log: Callable[[str], None] = 
 
 
 def _make(cache: Path, ready: Path, log: Callable[[str], None]) -> None:
-    from llmc.runtime.convert.convert import convert, sha256_of
+    from llmc.runtime.convert.convert import convert
 
     with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as scratch:
         gguf = _installed_gguf() or _downloaded_gguf(Path(scratch), log)

@@ -27,6 +27,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from llmc.compiler.diagnostics import UserError
+from llmc.runtime.machine import cores
 from llmc.runtime.ranks import LAUNCHER
 
 HOST = "127.0.0.1"
@@ -38,9 +39,8 @@ SAID = (1, 2)  # exit codes of a rank that has told why: an error, or wrong usag
 def launch(words: Sequence[str], *, world_size: int) -> int:
     """Run `world_size` ranks with this command and its flags until all have ended; their exit code. UserError for a
     rank that died without a word, KeyboardInterrupt when the user interrupts them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     settings = {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // world_size))),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // world_size))),
         LAUNCHER: str(os.getpid()),
         "PYTHONSAFEPATH": "1",  # `-m` would import from the current directory, which may be a checkpoint's
     }

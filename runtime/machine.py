@@ -18,6 +18,11 @@ EXTENSIONS = (
 )  # fmt: skip
 
 
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cache_directory(cache_dir: Path | None = None) -> Path:
     """The argument, else LLMC_CACHE, else llmc in XDG_CACHE_HOME or ~/.cache."""
     if cache_dir is not None:

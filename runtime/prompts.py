@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from llmc.compiler.diagnostics import UserError
 from llmc.compiler.files import Unreadable, parse_json
-from llmc.runtime.engine.tokenizer import Tokenizer
+from llmc.runtime.engine.tokenizer import Tokenizer, load_tokenizer
 from llmc.runtime.flags import DEFAULT_QUESTION
 from llmc.runtime.session import note
 
@@ -151,6 +151,14 @@ def template_of(args: argparse.Namespace) -> str | None:
             why = error.strerror if isinstance(error, OSError) else error
             raise UserError(f"--chat-template {text} cannot be read: {why}") from None
     return text
+
+
+def prompt_ids(args: argparse.Namespace) -> list[list[int]]:
+    """Prompts as token ids, with the checkpoint's tokenizer where one of them is text."""
+    prompts = read_prompts(args)
+    texts = any(isinstance(prompt, str) or not isinstance(prompt[0], int) for prompt in prompts)
+    tokenizer = load_tokenizer(args.model_path) if texts else None
+    return [encode(prompt, tokenizer, args) for prompt in prompts]
 
 
 def shown(prompt: Prompt) -> str:

@@ -51,7 +51,7 @@ from llmc.runtime.engine.tokenizer import Tokenizer, eos_ids
 from llmc.runtime.executor import Executor
 from llmc.runtime.flags import attention_of, dtype_of, logits_of
 from llmc.runtime.host_memory import free_memory
-from llmc.runtime.machine import cpu_isa, cpu_model
+from llmc.runtime.machine import cores, cpu_isa, cpu_model
 from llmc.runtime.ranks import Team
 from llmc.runtime.room import Limit, Room, host_limit, make_room, memory_limit, workspace_size
 from llmc.runtime.weights import check_directory, load_weights
@@ -119,16 +119,15 @@ def use_cpu(args: argparse.Namespace, team: Team | None) -> None:
     """How many threads compute, and with --verbose what they run on and which kernels are chosen."""
     from llmc.runtime.hostatb.choices import CHOICES
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ranks = team.place.local_world_size if team else 1
+    count, ranks = cores(), team.place.local_world_size if team else 1
     if args.threads:
         torch.set_num_threads(args.threads)
-        if args.threads * ranks > cores:
+        if args.threads * ranks > count:
             note(
-                f"--threads {args.threads}: with {ranks} rank{'s' * (ranks > 1)} on {cores} cores, threads wait for one"
+                f"--threads {args.threads}: with {ranks} rank{'s' * (ranks > 1)} on {count} cores, threads wait for one"
             )
     if args.verbose:
-        note(f"CPU {cpu_model()} ({' '.join(cpu_isa()) or 'no extension known'}), {threads_used()} on {cores} cores")
+        note(f"CPU {cpu_model()} ({' '.join(cpu_isa()) or 'no extension known'}), {threads_used()} on {count} cores")
     CHOICES.tell = note if args.verbose else (lambda line: None)
 
 

@@ -236,16 +236,7 @@ def _finished(plan: Plan, target: Path, in_place: bool, force: bool) -> dict[str
 
 
 def _is_intact(path: Path, entry: Mapping[str, Any]) -> bool:
-    return path.stat().st_size == entry.get("size") and sha256_of(path) == entry.get("sha256")
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's content, read block by block."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+    return path.stat().st_size == entry.get("size") and files.sha256_of(path) == entry.get("sha256")
 
 
 def _remove_weights(target: Path, in_place: bool) -> None:

@@ -237,9 +237,9 @@ class Engine:
             self._read_prompts(batch.sequences, rows_of(logits, batch))
         last = last_rows(logits, batch)
         tokens = self.sampler.sample(last, batch.sequences)
-        for request, token, row in zip(batch.sequences, tokens, last.split(1), strict=True):
+        for i, (request, token) in enumerate(zip(batch.sequences, tokens, strict=True)):
             if request.params.logprobs is not None:
-                request.logprobs += logprobs(row, [token], request.params.logprobs)
+                request.logprobs += logprobs(last[i : i + 1], [token], request.params.logprobs)
         now = self.clock()
         self.steps.append(Step(phase=batch.phase, tokens_in=tokens_in, tokens_out=len(tokens), seconds=now - start))
         for request, token in zip(batch.sequences, tokens, strict=True):

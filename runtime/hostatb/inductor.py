@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -63,19 +64,19 @@ class HostCompiler:
         self.refused = False
         self.opaque: Sequence[Opaque] = ()
         self.tensors: Sequence[Tensor] = ()  # graph inputs of the call at hand
-        self.handle = max(HANDLES, default=0) + 1
+        self.handle = next(NUMBERS)
         HANDLES[self.handle] = self
 
     def __call__(self, steps: Sequence[Step], *, inputs: int, outputs: int, located: Located) -> Run | None:
         if (
             self.refused
             or not any(is_traced(step) for step in steps)
-            or any(self._writes_constant(step, inputs) for step in steps)
+            or any(self._writes_constant(step) for step in steps)
         ):
             return None
-        items = list(grouped(steps, inputs, outputs, located))
+        items = list(grouped(steps, inputs, located))
         live = sorted({s for i in items if isinstance(i, Step) for s in i.inputs if s < inputs} - {*self.constants})
-        shapes = (tuple((item.ins if isinstance(item, Step) else item.descs) for item in items),)
+        shapes = tuple(item.ins if isinstance(item, Step) else item.descs for item in items)
         if self.shapes is None:
             self.shapes = shapes
         if shapes != self.shapes:
@@ -112,7 +113,7 @@ class HostCompiler:
 
         return run
 
-    def _writes_constant(self, step: Step, inputs: int) -> bool:
+    def _writes_constant(self, step: Step) -> bool:
         written = {*step.outputs, *(step.inputs[i] for i in step.fills)}
         return bool(written & {*self.constants})
 
@@ -170,7 +171,7 @@ def is_traced(step: Step) -> bool:
     return isinstance(core, Single) and core.op.name in TRACED and not any(step.stores) and not step.fills
 
 
-def grouped(steps: Sequence[Step], inputs: int, outputs: int, located: Located) -> Iterator[Step | Opaque]:
+def grouped(steps: Sequence[Step], inputs: int, located: Located) -> Iterator[Step | Opaque]:
     """Traced steps as they are, all others between them as one."""
     at = 0
     while at < len(steps):
@@ -212,6 +213,7 @@ def opaque(steps: Sequence[Step], inputs: int, located: Located) -> Opaque:
 
 # ---- the operator behind which a graph calls kernels
 
+NUMBERS = count(1)
 HANDLES: weakref.WeakValueDictionary[int, HostCompiler] = weakref.WeakValueDictionary()
 _LIBRARY = torch.library.Library("llmc_hostatb", "DEF")
 _LIBRARY.define("run(Tensor[] made, int handle, int number) -> Tensor[]")

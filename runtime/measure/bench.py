@@ -29,7 +29,7 @@ from llmc.compiler import artifact as artifacts
 from llmc.compiler.checkpoint_files import present, read_object
 from llmc.compiler.compiled import Compiled
 from llmc.compiler.diagnostics import UserError
-from llmc.compiler.files import Unreadable, check_target, parse_json, write_whole
+from llmc.compiler.files import Unreadable, check_target, csv_text, parse_json, write_whole
 from llmc.compiler.target.device import Board, Link
 from llmc.compiler.terminal import columns, fold, table
 from llmc.runtime.engine.engine import Engine, Step
@@ -668,27 +668,18 @@ def write_files(
     """--csv and --formatted; their names."""
     lines = [list(COLUMNS), *([_cell(value) for value in row.values()] for row in rows)]
     if args.csv:
-        write_whole(Path(args.csv), _csv(lines), "--csv")
+        write_whole(Path(args.csv), csv_text(lines), "--csv")
         yield args.csv
         if args.max_batch_under is not None:
             tried = [[*map(_cell, one.get("row", [one["batch"], one["prompt"], one["answer"], *[None] * 6])),
                       "yes" if one["within"] else "no", one["why"]] for one in rounds]  # fmt: skip
             target = rounds_file(Path(args.csv))
-            write_whole(target, _csv([[*COLUMNS[1:10], "Within", "Why"], *tried]), "--csv")
+            write_whole(target, csv_text([[*COLUMNS[1:10], "Within", "Why"], *tried]), "--csv")
             yield str(target)
     if args.formatted:
         text = "".join("|".join(f"{c:<{w}}" for c, w in zip(line, PADDED, strict=True)) + "\n" for line in lines)
         write_whole(Path(args.formatted), text, "--formatted")
         yield args.formatted
-
-
-def _csv(lines: Sequence[Sequence[str]]) -> str:
-    import csv
-    import io
-
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    return text.getvalue()
 
 
 def _cell(value: Any) -> str:

@@ -14,7 +14,6 @@ Values are whole: shares of ranks are joined before. Nothing in a dump is run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -30,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from llmc.compiler.diagnostics import UserError
-from llmc.compiler.files import Unreadable, read_json
+from llmc.compiler.files import Unreadable, read_json, sha256_of
 from llmc.runtime.measure.forced import Row
 from llmc.runtime.measure.reference import Original, coarser
 
@@ -78,7 +77,7 @@ class Recording:
             nonlocal part, size
             name = f"values-{len(files) + 1:05d}.safetensors"
             save_file(part, new / name)
-            files[name] = _sha256(new / name)
+            files[name] = sha256_of(new / name)
             part, size = {}, 0
 
         for (phase, name), steps in self.found.items():
@@ -183,7 +182,7 @@ def read_dump(path: Path) -> Recorded:
     try:
         found = Recorded(path, said)
         for name, hashed in said["files"].items():
-            if os.path.basename(name) != name or _sha256(path / name) != hashed:
+            if os.path.basename(name) != name or sha256_of(path / name) != hashed:
                 raise _damaged(path, f"{name} was changed after it was written")
         if any(value["file"] not in said["files"] for value in said["values"]):
             raise _damaged(path, f"{MANIFEST} names files that it has no hash of")
@@ -200,11 +199,3 @@ def _damaged(path: Path, why: str) -> UserError:
 
 def _meaning(value: Mapping[str, Any]) -> str:
     return json.dumps(value["stands_for"], sort_keys=True)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

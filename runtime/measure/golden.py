@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import importlib.util
-import io
 import math
 import os
 import tempfile
@@ -38,15 +36,15 @@ import torch
 from llmc.compiler import artifact as artifacts
 from llmc.compiler.checkpoint_files import present
 from llmc.compiler.diagnostics import UserError
-from llmc.compiler.files import check_target, write_whole
+from llmc.compiler.files import check_target, csv_text, write_whole
 from llmc.compiler.language.checkpoint import stored_dtype
 from llmc.compiler.terminal import table
 from llmc.runtime.engine.engine import Engine, check_prompt
 from llmc.runtime.engine.sampling import Samples, SamplingParams, SamplingState
-from llmc.runtime.engine.tokenizer import eos_ids, load_tokenizer
+from llmc.runtime.engine.tokenizer import eos_ids
 from llmc.runtime.flags import dtype_of, spellings
 from llmc.runtime.foreign import quiet_transformers
-from llmc.runtime.prompts import as_file, encode, read_prompts
+from llmc.runtime.prompts import as_file, prompt_ids
 from llmc.runtime.ranks import Team
 from llmc.runtime.room import Limit, Room
 from llmc.runtime.session import checkpoint_config, engine_in, limit_for, positions_of, room_for
@@ -262,7 +260,7 @@ class Check(Generation):
         values = (self.artifact.manifest["model"], self.dataset, self.batch, len(found), worst, rate,
                   "Pass" if passed else "Fail")  # fmt: skip
         if self.csv:
-            write_whole(Path(self.csv), _csv([COLUMNS, values]), "--csv")
+            write_whole(Path(self.csv), csv_text([COLUMNS, map(_cell, values)]), "--csv")
         return {
             "golden": self.source,
             "dataset": self.dataset,
@@ -293,12 +291,6 @@ class Check(Generation):
         )
 
 
-def _csv(rows: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([[_cell(value) for value in row] for row in rows])
-    return text.getvalue()
-
-
 def _cell(value: Any) -> str:
     if value is None:
         return "inf"
@@ -325,10 +317,7 @@ def given_prompts(args: argparse.Namespace) -> list[list[int]] | None:
     """As token ids; None where no flag gives any."""
     if all(getattr(args, name) is None for name in INPUTS):
         return None
-    prompts = read_prompts(args)
-    texts = any(isinstance(prompt, str) or not isinstance(prompt[0], int) for prompt in prompts)
-    tokenizer = load_tokenizer(args.model_path) if texts else None
-    return [encode(prompt, tokenizer, args) for prompt in prompts]
+    return prompt_ids(args)
 
 
 def prepare(args: argparse.Namespace, make: Callable[[], artifacts.Artifact], team: Team | None) -> Check:

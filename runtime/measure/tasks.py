@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import io
 import logging
 import os
@@ -29,7 +28,7 @@ import torch
 
 from llmc.compiler import artifact as artifacts
 from llmc.compiler.diagnostics import UserError, did_you_mean
-from llmc.compiler.files import check_target, write_whole
+from llmc.compiler.files import check_target, csv_text, write_whole
 from llmc.compiler.terminal import table
 from llmc.runtime.engine.engine import Engine
 from llmc.runtime.engine.tokenizer import load_tokenizer
@@ -396,12 +395,12 @@ class Job:
     def write(self, facts: Mapping[str, Any], found: Mapping[str, Any], lm: EngineLM) -> Iterator[str]:
         """--csv and --debug-csv; their names."""
         if self.args.csv:
-            text = as_csv([COLUMNS, *rows_of(self.artifact.manifest["model"], facts)])
+            text = csv_text([COLUMNS, *rows_of(self.artifact.manifest["model"], facts)])
             write_whole(Path(self.args.csv), text, "--csv")
             yield self.args.csv
         if self.args.debug_csv:
             rows = [row for name, task in self.suite.tasks.items() for row in debug_rows(name, task, found, lm)]
-            write_whole(Path(self.args.debug_csv), as_csv([DEBUG_COLUMNS, *rows]), "--debug-csv")
+            write_whole(Path(self.args.debug_csv), csv_text([DEBUG_COLUMNS, *rows]), "--debug-csv")
             yield self.args.debug_csv
 
     def lines(self, facts: Mapping[str, Any]) -> Iterator[str]:
@@ -498,12 +497,6 @@ def debug_rows(name: str, task: Any, found: Mapping[str, Any], lm: EngineLM) -> 
         score = next((sample[metric] for metric in sample["metrics"] if isinstance(sample[metric], (int, float))), None)
         passed = bool(score) if score in (0, 1) else ""
         yield [key, query, " ".join(map(str, read)), " ".join(map(str, answer)), filtered, gold, passed]
-
-
-def as_csv(rows: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([["" if cell is None else cell for cell in row] for row in rows])
-    return text.getvalue()
 
 
 def number(value: float | str | None) -> str:

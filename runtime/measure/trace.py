@@ -35,15 +35,14 @@ from llmc.compiler.passes.tap import HANDED_ON
 from llmc.compiler.terminal import columns, fold, table
 from llmc.runtime.engine.engine import Engine, check_prompt
 from llmc.runtime.engine.sampling import SamplingParams
-from llmc.runtime.engine.tokenizer import load_tokenizer
 from llmc.runtime.executor import Executor
 from llmc.runtime.flags import TRACE_FLAGS, refuse, words_of
 from llmc.runtime.host_memory import free_memory
 from llmc.runtime.measure.compare import Comparison, Side, first_that_errs
-from llmc.runtime.measure.dump import Recording, is_dump, read_dump
+from llmc.runtime.measure.dump import Recorded, Recording, is_dump, read_dump
 from llmc.runtime.measure.forced import Step, forced, joined
 from llmc.runtime.measure.reference import Original
-from llmc.runtime.prompts import as_file, encode, read_prompts
+from llmc.runtime.prompts import as_file, prompt_ids
 from llmc.runtime.ranks import Team
 from llmc.runtime.session import (
     check_world_size,
@@ -109,6 +108,7 @@ class Asked:
     ids: list[list[int]]
     lengths: list[int]
     at_once: int  # layers looked into at once; 0: all
+    recorded: Recorded | None = None  # the dump that is compared with
 
 
 # ---- what is asked
@@ -118,7 +118,8 @@ def prepare(args: argparse.Namespace, team: Team | None, cleanup: contextlib.Exi
     """Flags, prompts, artifact. UserError for what no rank could do."""
     check_world_size(args, team)
     config = checkpoint_config(args)
-    ids, lengths = _prompts(args)
+    recorded = read_dump(Path(args.against)) if args.against else None
+    ids, lengths = _prompts(args, recorded)
     at_once = args.at_once or 0
     artifact = traced(args, config, cleanup, team, (HANDED_ON,) if at_once > 0 else (EVERYTHING,))
     if args.artifact is None and args.at_once is None and not args.dump:
@@ -129,7 +130,7 @@ def prepare(args: argparse.Namespace, team: Team | None, cleanup: contextlib.Exi
     for index, prompt in enumerate(ids):
         longest = positions_of(args, artifact.manifest) + 1  # nothing is generated behind it
         check_prompt(index, prompt, vocab=artifact.manifest["sizes"].get("vocab"), max_length=longest)
-    return Asked(artifact=artifact, ids=ids, lengths=lengths, at_once=at_once)
+    return Asked(artifact=artifact, ids=ids, lengths=lengths, at_once=at_once, recorded=recorded)
 
 
 def _problems(args: argparse.Namespace) -> list[str]:
@@ -150,16 +151,12 @@ def _problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def _prompts(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
+def _prompts(args: argparse.Namespace, recorded: Recorded | None) -> tuple[list[list[int]], list[int]]:
     """From the flags; of a dump that is compared with, its own."""
     asked = any(getattr(args, name) is not None for name in ("input_text", "input_ids", "input_file"))
-    recorded = read_dump(Path(args.against)) if args.against else None
     if recorded and not asked:
         return recorded.prompts, recorded.lengths
-    prompts = read_prompts(args)
-    text = any(isinstance(prompt, str) or not all(isinstance(t, int) for t in prompt) for prompt in prompts)
-    tokenizer = load_tokenizer(args.model_path) if text else None
-    ids = [encode(prompt, tokenizer, args) for prompt in prompts]
+    ids = prompt_ids(args)
     steps = DECODED if args.decode_steps is None else args.decode_steps
     lengths = [max(1, len(prompt) - steps) for prompt in ids]
     if recorded and (ids, lengths) != (recorded.prompts, recorded.lengths):
@@ -284,8 +281,7 @@ def compare_steps(
 
 def other_side(args: argparse.Namespace, asked: Asked, manifest: Mapping[str, Any]) -> Side:
     """transformers; or a recording, and transformers as the measure of how far two runs may be apart."""
-    recorded = read_dump(Path(args.against)) if args.against else None
-    path = Path(args.reference or args.model_path)
+    recorded, path = asked.recorded, Path(args.reference or args.model_path)
     try:
         with progress_bar("transformers", 2 * len(asked.ids), not (args.quiet or args.json)) as advance:
             other = recorded.said["run"]["dtype"] if recorded else ""
@@ -366,7 +362,7 @@ def summary(args: argparse.Namespace, asked: Asked, nodes: Sequence[Node], passe
     return {
         "ok": first is None,
         **{key: manifest[key] for key in ("model", "device", "dtype", "attention", "world_size")},
-        "with": compared_with(args),
+        "with": compared_with(args, asked.recorded),
         "prompts": [
             {"prefill": length, "decode": len(ids) - length}
             for ids, length in zip(asked.ids, asked.lengths, strict=True)
@@ -391,9 +387,9 @@ def finite(value: Any) -> Any:
             return value
 
 
-def compared_with(args: argparse.Namespace) -> str:
-    if args.against:
-        return f"{described(read_dump(Path(args.against)).said['run'])} of {Path(args.against).name}"
+def compared_with(args: argparse.Namespace, recorded: Recorded | None) -> str:
+    if recorded:
+        return f"{described(recorded.said['run'])} of {recorded.folder.name}"
     return f"transformers {version('transformers')} on {args.reference or args.model_path}"
 
 
